@@ -1,0 +1,1 @@
+"""The trainer: one loop (`train.py`), objectives, traces, checkpoints and the `longtrace` command line."""

@@ -1,0 +1,128 @@
+"""One dataclass per command: the command line, the YAML file and the Python call all fill the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+class Refusal(Exception):
+    """Input or arguments that cannot be used. One clear line; the command line prints it and exits with 2."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning of a causal language model on packed traces."""
+
+    # what goes in and out
+    model: str
+    """Hugging Face folder or hub name."""
+    data: list[str]
+    """Sources: file.jsonl, file.parquet, hub/name, generated:countdown,n=4,target=15000, reasoning_gym:chain_sum."""
+    out: Path
+    """Run folder: model, tokenizer, metrics.jsonl, report.html, config.yaml, checkpoints/."""
+    eval_data: list[str] = field(default_factory=list)
+    """Held-out sources; when empty, --eval-fraction of --data is held out."""
+    eval_fraction: float = 0.0
+    """Share of the rows held out for the eval loss (0 = none)."""
+
+    # rows
+    max_tokens: int = 16_384
+    """Longest document, in tokens; longer ones go to --on-too-long."""
+    on_too_long: Literal["refuse", "skip", "split"] = "refuse"
+    """What happens to a longer document: stop, leave it out, or cut it into pieces (loses cross-piece attention)."""
+    template: str = "auto"
+    """auto = the model's own, model = the same without a fallback, longtrace = one that keeps the thought, or a .jinja file."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames fields of the rows: old=new."""
+    allow: list[Literal["no-thought", "no-answer", "no-eos", "not-a-prefix"]] = field(default_factory=list)
+    """Audit findings that do not stop the run."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read (counted and named) instead of stopping at the first."""
+
+    # batches
+    tokens_per_row: int = 0
+    """Tokens in one packed micro-batch: what memory depends on (0 = --max-tokens)."""
+    tokens_per_step: int = 0
+    """Tokens in one optimizer step (0 = one row)."""
+
+    # optimisation
+    steps: int = 0
+    """Optimizer steps (0 = --epochs passes over the data)."""
+    epochs: float = 1.0
+    """Passes over the data when --steps is 0."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup: float = 0.03
+    """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of --lr (cosine and linear)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (norms and biases have none)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip: float = 1.0
+    """Largest gradient norm (0 = no clipping)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw keeps fp32 state; adamw8bit keeps torchao's 8-bit state."""
+
+    # precision and memory
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute precision; the trained weights are fp32 masters either way."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute layers in the backward; auto = when activations would outweigh weights and optimizer state."""
+    head_budget_mb: int = 0
+    """Largest block of logits held at once, in MB (0 = chosen by the planner)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    rope: Literal["auto", "none", "linear", "ntk", "yarn"] = "auto"
+    """How to extend the context when --max-tokens exceeds the model's; auto = yarn, only then."""
+
+    # LoRA
+    lora_rank: int = 0
+    """Rank of LoRA adapters on every linear layer (0 = train all weights)."""
+    lora_alpha: float = 0.0
+    """LoRA scale (0 = twice the rank)."""
+
+    # evaluation and checkpoints
+    eval_every: int = 0
+    """Steps between evaluations (0 = only at the end, when there is held-out data)."""
+    patience: int = 0
+    """Stop after this many evaluations without a better eval loss (0 = never)."""
+    save_every: int = 0
+    """Steps between checkpoints (0 = only at the end)."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    resume: str = ""
+    """auto = the run folder's newest checkpoint if there is one; or a checkpoint folder."""
+
+    # the run
+    seed: int = 0
+    """Seeds data order and dropout."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    plan: bool = False
+    """Print model, packing, memory and time estimates, and exit."""
+
+
+def to_yaml(config) -> str:
+    """The resolved config as YAML; `--config` reads it back."""
+
+    def plain(value):
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    return yaml.safe_dump({f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}, sort_keys=False)
