@@ -15,40 +15,21 @@ class Refusal(Exception):
 
 
 @dataclass(kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning of a causal language model on packed traces."""
+class TrainConfig:
+    """What every training command shares: the model, the loop, precision, checkpoints."""
 
-    # what goes in and out
     model: str
     """Hugging Face folder or hub name."""
-    data: list[str]
-    """Sources: file.jsonl, file.parquet, hub/name, generated:countdown,n=4,target=15000, reasoning_gym:chain_sum."""
     out: Path
-    """Run folder: model, tokenizer, metrics.jsonl, report.html, config.yaml, checkpoints/."""
-    eval_data: list[str] = field(default_factory=list)
-    """Held-out sources; when empty, --eval-fraction of --data is held out."""
-    eval_fraction: float = 0.0
-    """Share of the rows held out for the eval loss (0 = none)."""
-
-    # rows
-    max_tokens: int = 16_384
-    """Longest document, in tokens; longer ones go to --on-too-long."""
-    on_too_long: Literal["refuse", "skip", "split"] = "refuse"
-    """What happens to a longer document: stop, leave it out, or cut it into pieces (loses cross-piece attention)."""
-    template: str = "auto"
-    """auto = the model's own, model = the same without a fallback, longtrace = one that keeps the thought, or a .jinja file."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Renames fields of the rows: old=new."""
-    allow: list[Literal["no-thought", "no-answer", "no-eos", "not-a-prefix"]] = field(default_factory=list)
-    """Audit findings that do not stop the run."""
-    skip_bad_rows: bool = False
-    """Leave out rows that cannot be read (counted and named) instead of stopping at the first."""
+    """Run folder: the trained model, metrics.jsonl, report.html, config.yaml, checkpoints/."""
 
     # batches
+    max_tokens: int = 16_384
+    """Longest document, in tokens."""
     tokens_per_row: int = 0
     """Tokens in one packed micro-batch: what memory depends on (0 = --max-tokens)."""
     tokens_per_step: int = 0
-    """Tokens in one optimizer step (0 = one row)."""
+    """Tokens in one optimizer step, a multiple of --tokens-per-row (0 = one row)."""
 
     # optimisation
     steps: int = 0
@@ -63,6 +44,8 @@ class SFTConfig:
     """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of --lr (cosine and linear)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw keeps fp32 state; adamw8bit keeps torchao's 8-bit state."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (norms and biases have none)."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -71,8 +54,6 @@ class SFTConfig:
     """Adam's epsilon."""
     clip: float = 1.0
     """Largest gradient norm (0 = no clipping)."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw keeps fp32 state; adamw8bit keeps torchao's 8-bit state."""
 
     # precision and memory
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -80,17 +61,19 @@ class SFTConfig:
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute layers in the backward; auto = when activations would outweigh weights and optimizer state."""
     head_budget_mb: int = 0
-    """Largest block of logits held at once, in MB (0 = chosen by the planner)."""
+    """Largest block of logits held at once, in MB (0 = the planner's choice)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     rope: Literal["auto", "none", "linear", "ntk", "yarn"] = "auto"
-    """How to extend the context when --max-tokens exceeds the model's; auto = yarn, only then."""
+    """How to extend the context when --max-tokens exceeds the model's window; auto = yarn."""
 
     # LoRA
     lora_rank: int = 0
-    """Rank of LoRA adapters on every linear layer (0 = train all weights)."""
+    """Rank of LoRA adapters on every linear layer of the body (0 = train all weights)."""
     lora_alpha: float = 0.0
     """LoRA scale (0 = twice the rank)."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters."""
 
     # evaluation and checkpoints
     eval_every: int = 0
@@ -102,15 +85,37 @@ class SFTConfig:
     keep_last: int = 2
     """Checkpoints kept."""
     resume: str = ""
-    """auto = the run folder's newest checkpoint if there is one; or a checkpoint folder."""
+    """auto = the run folder's newest checkpoint, if there is one; or a checkpoint folder."""
 
     # the run
     seed: int = 0
-    """Seeds data order and dropout."""
+    """Seeds data order, dropout and adapters."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.jsonl."""
     plan: bool = False
     """Print model, packing, memory and time estimates, and exit."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning of a causal language model on packed traces."""
+
+    data: list[str]
+    """Sources: file.jsonl, file.parquet, hub/name, generated:countdown,n=4,target=15000, reasoning_gym:chain_sum."""
+    eval_data: list[str] = field(default_factory=list)
+    """Held-out sources; when empty, --eval-fraction of --data is held out."""
+    eval_fraction: float = 0.0
+    """Share of the documents held out for the eval loss (0 = none)."""
+    on_too_long: Literal["refuse", "skip", "split"] = "refuse"
+    """What happens to a document above --max-tokens: stop, leave it out, or cut it into separate pieces."""
+    template: str = "auto"
+    """auto = the model's own, refused if it loses the thought; model = the same unchecked; longtrace = one of ours; or a .jinja file."""
+    columns: list[str] = field(default_factory=list)
+    """Renames fields of the rows: old=new."""
+    allow: list[Literal["no-thought", "no-answer", "no-eos", "not-a-prefix"]] = field(default_factory=list)
+    """Audit findings that do not stop the run."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read (counted and named) instead of stopping at the first."""
 
 
 def to_yaml(config) -> str:
@@ -126,3 +131,28 @@ def to_yaml(config) -> str:
         return value
 
     return yaml.safe_dump({f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}, sort_keys=False)
+
+
+def parse_columns(columns: list[str]) -> dict[str, str]:
+    """["old=new"] to {"old": "new"}."""
+    for item in columns:
+        if item.count("=") != 1 or item.startswith("=") or item.endswith("="):
+            raise Refusal(f"--columns {item}: accepted: old=new, for example question=problem")
+    return dict(item.split("=") for item in columns)
+
+
+def read_yaml(path: Path, config_class: type) -> dict:
+    """The fields a YAML file sets; Refusal for a missing or broken file and for a field the command does not have."""
+    try:
+        fields = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise Refusal(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise Refusal(f"--config {path}: found {type(fields).__name__}; accepted: a mapping of option names to values")
+    known = {f.name for f in dataclasses.fields(config_class)}
+    fields = {key.replace("-", "_"): value for key, value in fields.items()}
+    for key in fields.keys() - known:
+        raise Refusal(f"--config {path}: no option {key}; {config_class.__name__} has {', '.join(sorted(known))}")
+    return fields

@@ -1,0 +1,53 @@
+# Everything runs in .venv. TORCH overrides the torch that is installed, PYTHON the interpreter it starts from.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      train a tiny reasoning model on this machine, from nothing, in minutes"
+	@echo "make test      the test suite;  make test-all adds the slow ones"
+	@echo "make setup     only .venv, torch and the extension;  then: .venv/bin/longtrace --help"
+	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
+
+.venv/core: $(SOURCES)
+	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing $(TORCH) (skipped when a fitting torch is there)"
+	@$(PIP) install "$(TORCH)" "setuptools>=77" "pybind11>=2.13"
+	@echo "building longtrace and installing what it needs"
+	@$(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev: .venv/core
+	@echo "installing the test tools"
+	@$(PIP) install --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+setup: .venv/core
+	@$(BIN)/longtrace doctor
+
+demo: .venv/core
+	@$(BIN)/longtrace demo $(ARGS)
+
+test: .venv/dev
+	@$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: .venv/dev
+	@$(BIN)/pytest -n 2 $(ARGS)
+
+lint: .venv/dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tests/file_sizes.py
+
+format: .venv/dev
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: .venv/dev
+	@$(PIP) install --no-build-isolation --editable ".[bench]"
+	@$(BIN)/longtrace bench sft_throughput $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info kernels/*.so

@@ -1,0 +1,116 @@
+"""`longtrace COMMAND [--config FILE.yaml] [flags]`: one dataclass per command, parsed by tyro; flags win over the file.
+
+Exit codes: 0 done, 1 failed, 2 refused input or arguments, 143 after SIGTERM with the state saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# command: (module, config class, function, what it does); modules load only when their command runs
+COMMANDS = {
+    "demo": (
+        ".demo",
+        "DemoConfig",
+        "demo",
+        "train a tiny reasoning model from nothing, in minutes, and see what traces buy",
+    ),
+    "doctor": (
+        ".doctor",
+        "DoctorConfig",
+        "doctor",
+        "versions, processor, which backend serves each op, and a self-check",
+    ),
+    "prepare": (".prepare", "PrepareConfig", "prepare", "audit traces: what would be lost, what would be learned"),
+    "sft": (".train", "SFTConfig", "sft", "fine-tune a model on packed traces"),
+    "evaluate": (".evaluate", "EvaluateConfig", "evaluate", "solved rate of a model on problems, by generation"),
+    "generate": (".generate", "GenerateConfig", "generate", "answer a prompt with a trained folder"),
+    "export": (".export", "ExportConfig", "export", "one Hugging Face folder from a run or checkpoint (merges LoRA)"),
+    "bench": ("longtrace.bench", "BenchConfig", "bench", "time this trainer against its peers"),
+}
+
+
+def parse(name: str, config_class: type, arguments: list[str]):
+    """The command's dataclass from `--config FILE` (if given) and flags. Raises Refusal; tyro exits with 2 on bad flags."""
+    import tyro
+
+    from .config import Refusal, read_yaml
+
+    default = None
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise Refusal("--config needs a YAML file")
+        fields = read_yaml(Path(arguments[at + 1]), config_class)
+        arguments = arguments[:at] + arguments[at + 2 :]
+        required = {
+            f.name
+            for f in dataclasses.fields(config_class)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        fields |= {name: tyro.MISSING for name in required - fields.keys()}
+        default = config_class(**fields)
+    return tyro.cli(
+        config_class, args=arguments, default=default, prog=f"longtrace {name}", description=config_class.__doc__
+    )
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {entry[3]}" for name, entry in COMMANDS.items())
+    return f"usage: longtrace COMMAND [--config FILE.yaml] [flags]\n\n{lines}\n\n`longtrace COMMAND --help` lists a command's flags.\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"longtrace {version('longtrace')}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"longtrace: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from .config import Refusal
+
+    try:
+        module, config_class, function, _ = COMMANDS[name]
+        module = importlib.import_module(module, package=__package__)
+        config = parse(name, getattr(module, config_class), arguments[1:])
+        _quiet_transformers()
+        getattr(module, function)(config)
+    except Refusal as refusal:
+        print(f"longtrace {name}: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nlongtrace {name}: interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        from .train import NonFinite
+
+        if not isinstance(error, NonFinite):
+            raise
+        print(f"longtrace {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet_transformers() -> None:
+    """Its progress bars and hints would bury ours; errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

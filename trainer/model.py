@@ -1,0 +1,231 @@
+"""Loads a Hugging Face causal language model for packed training: body, head, tokenizer, adapters, fp32 masters."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from longtrace import kernels as K
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import Refusal, TrainConfig
+from .rope import extend_rope
+from .source import IGNORE, PackedBatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Head:
+    """The vocabulary projection: log p = log_softmax(softcap(logit_scale * h.w + b))."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass
+class Model:
+    """A causal language model taken apart the way the loop uses it."""
+
+    hf: PreTrainedModel  # or the peft wrapper around it
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    lora: bool
+    rope: str  # what became of the context window
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self.hf.get_base_model() if self.lora else self.hf
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    def head(self) -> Head:
+        """The head as plain tensors; read anew at every use, since the weights change in place."""
+        output, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
+        if not isinstance(output, nn.Linear):
+            raise Refusal(
+                f"the output head is a {type(output).__name__}; the fused head takes a plain nn.Linear: merge adapters first"
+            )
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """(N, H) final hidden states at the supervised positions of the packed row."""
+        states = self.base.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state
+        return states[0][batch.labels != IGNORE]
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    with _refusing(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def load_model(config: TrainConfig) -> Model:
+    """Loads model and tokenizer, extends the context, adds adapters, turns packed attention on.
+
+    Parameters are held in the compute dtype; `Masters` keeps the fp32 originals. Raises Refusal for a missing or
+    unsuitable model folder.
+    """
+    torch.manual_seed(config.seed)  # adapters are drawn here
+    tokenizer = load_tokenizer(config.model)
+    with _refusing(config.model, "model"):
+        hf_config = AutoConfig.from_pretrained(config.model)
+    rope = extend_rope(hf_config.get_text_config(), config.max_tokens, config.rope)
+    K.register_attention()
+    with _refusing(config.model, "model"):
+        # the file's own dtype: a bf16 load would round fp32 weights before the masters are taken
+        hf = AutoModelForCausalLM.from_pretrained(
+            config.model, config=hf_config, dtype="auto", attn_implementation="longtrace"
+        )
+    rows = hf.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise Refusal(
+            f"{config.model}: the tokenizer has {len(tokenizer):,} entries, the embedding only {rows:,}; resize it first"
+        )
+    if config.lora_rank:
+        hf = _add_lora(hf, config)
+    hf.to(choose_device(config.device))
+    hf.train()
+    return Model(hf, tokenizer, config.model, bool(config.lora_rank), rope)
+
+
+def load_for_generation(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (merged, if the folder holds a LoRA adapter) and tokenizer, ready for `generate`."""
+    tokenizer = load_tokenizer(source)
+    with _refusing(source, "model"):
+        if (Path(source) / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto").merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    return model.to(device).eval(), tokenizer
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda: torch sees no CUDA device; `longtrace doctor` says why")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def checkpoint_activations(model: Model) -> None:
+    """Recompute each layer in the backward: what is kept is one (T, H) input a layer."""
+    # transformers renamed it in 5.23
+    enable = getattr(model.base, "activation_checkpointing_enable", model.base.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _add_lora(hf: PreTrainedModel, config: TrainConfig):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise Refusal("--lora-rank needs peft: pip install 'longtrace[lora]'") from error
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(hf, lora)
+
+
+class Masters:
+    """fp32 masters and fp32 gradients of a model that computes in bf16.
+
+    The model's parameters are the rounded copies. Each backward's bf16 gradient is added to the master's fp32 gradient
+    and freed at once (a post-accumulate hook), so accumulation over micro-batches loses nothing. With fp32 compute the
+    parameters are their own masters. 100 steps at lr 1e-6 then move the weights as fp32 training does, where bf16
+    weights would round every step away.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype):
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.masters: dict[str, torch.Tensor] = {}
+        for name, parameter in model.hf.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+                continue
+            master = parameter.data.float()
+            self.parameters[name] = parameter
+            if dtype == torch.float32:
+                parameter.data = master
+                self.masters[name] = parameter
+                continue
+            parameter.data = master.to(dtype)
+            self.masters[name] = master.requires_grad_()
+            parameter.register_post_accumulate_grad_hook(self._adder(master))
+
+    @staticmethod
+    def _adder(master: torch.Tensor):
+        def add(parameter: torch.Tensor) -> None:
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+        return add
+
+    def groups(self, weight_decay: float) -> list[dict]:
+        """Optimizer groups: matrices decay, vectors (norms, biases) do not."""
+        matrices = [m for m in self.masters.values() if m.ndim >= 2]
+        vectors = [m for m in self.masters.values() if m.ndim < 2]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters into the model's parameters."""
+        for name, parameter in self.parameters.items():
+            if parameter is not self.masters[name]:
+                parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, torch.Tensor]) -> None:
+        """Takes masters from a checkpoint. Raises Refusal when names or shapes are another model's."""
+        if saved.keys() != self.masters.keys():
+            odd = sorted(saved.keys() ^ self.masters.keys())[0]
+            raise Refusal(
+                f"the checkpoint holds other weights than this model (first difference: {odd}); same --model and --lora-rank?"
+            )
+        for name, master in self.masters.items():
+            if saved[name].shape != master.shape:
+                raise Refusal(
+                    f"{name} is {tuple(saved[name].shape)} in the checkpoint, {tuple(master.shape)} in the model"
+                )
+            master.copy_(saved[name])
+        self.publish()
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def zero_grad(self) -> None:
+        for master in self.masters.values():
+            master.grad = None
+
+
+@contextlib.contextmanager
+def _refusing(source: str, what: str):
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        where = (
+            "no such folder" if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists() else None
+        )
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"{source}: cannot load the {what}: {where or first}") from error
