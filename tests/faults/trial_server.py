@@ -1,0 +1,234 @@
+"""Runs trials that are meant to die: imports torch and longtrace once, then forks a child per trial.
+
+Reads one JSON object a line on stdin and answers with one on stdout. A trial names a `job` (a function below with its
+arguments) and one way to die:
+
+    "point": k    at the k-th disk point: before each write, fsync, rename and removal, and in the middle of each write
+                  and removal; 0 counts the points without dying
+    "after": s    killed from outside after s seconds (null: never)
+    "power": true with a point: as if the power went, everything that was not fsynced is undone first
+    "signal": n   with "after": this signal instead of SIGKILL
+
+The answer: {"status": exit status or minus the signal, "points": disk points passed, "seconds", "log": stdout+stderr}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # threads do not survive a fork
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from longtrace.trainer import checkpoint
+
+
+class Disk:
+    """Stands before the functions of checkpoint.py that touch the disk; counts points and dies at one of them."""
+
+    def __init__(self, point: int, power: bool):
+        self.point, self.power, self.passed = point, power, 0
+        self.volatile: list[tuple[Path, object]] = []  # (folder that must be synced to keep it, how to undo it)
+        self.unsynced: set[Path] = set()  # files whose content is not on the disk
+        self.attic = Path(tempfile.mkdtemp(prefix="attic-"))
+        self.real = {
+            name: getattr(checkpoint, name)
+            for name in ("_write_tensors", "_write_bytes", "_fsync", "_rename", "_remove")
+        }
+        for name in self.real:
+            setattr(checkpoint, name, getattr(self, name[1:]))
+
+    def arrive(self, halfway=None) -> None:
+        self.passed += 1
+        if self.passed != self.point:
+            return
+        if halfway:
+            halfway()
+        if self.power:
+            self.cut()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def cut(self) -> None:
+        for path in self.unsynced:
+            if path.is_file():
+                os.truncate(path, 0)
+        for _, undo in reversed(self.volatile):
+            undo()
+
+    def keep(self, path: Path) -> Path | None:
+        """A copy of what stands at `path`, to be put back by a power cut."""
+        if not self.power or not path.exists():
+            return None
+        copy = self.attic / f"{len(list(self.attic.iterdir()))}"
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+        return copy
+
+    def put_back(self, path: Path, copy: Path | None) -> None:
+        self.real["_remove"](path)
+        if copy:
+            (shutil.copytree if copy.is_dir() else shutil.copyfile)(copy, path)
+
+    def write(self, path: Path, call) -> None:
+        self.arrive()
+        before = self.keep(path)
+        call()
+        self.unsynced.add(path)
+        self.volatile.append((path.parent, lambda: self.put_back(path, before)))
+        self.arrive(halfway=lambda: os.truncate(path, path.stat().st_size // 2))
+
+    def write_tensors(self, path, tensors) -> None:
+        self.write(path, lambda: self.real["_write_tensors"](path, tensors))
+
+    def write_bytes(self, path, data) -> None:
+        self.write(path, lambda: self.real["_write_bytes"](path, data))
+
+    def fsync(self, path) -> None:
+        self.arrive()
+        self.real["_fsync"](path)
+        self.unsynced.discard(path)
+        self.volatile = [(folder, undo) for folder, undo in self.volatile if folder != path]
+
+    def rename(self, source, target) -> None:
+        self.arrive()
+        replaced = self.keep(target)
+        self.real["_rename"](source, target)
+        self.unsynced = {target / p.relative_to(source) if p.is_relative_to(source) else p for p in self.unsynced}
+
+        def undo():
+            self.real["_rename"](target, source)
+            self.put_back(target, replaced)
+
+        self.volatile.append((source.parent, undo))
+
+    def remove(self, path) -> None:
+        self.arrive()
+        before = self.keep(path)
+
+        def halfway():
+            if path.is_dir():
+                next(iter(sorted(path.iterdir()))).unlink()
+
+        if path.is_dir() and any(path.iterdir()):
+            self.arrive(halfway)
+        self.real["_remove"](path)
+        if before:
+            self.volatile.append((path.parent, lambda: self.put_back(path, before)))
+
+
+# ---- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def content(step: int, version: int = 0) -> tuple[dict, dict]:
+    """What the trials save at a step: reproducible, and different at every step and version."""
+    draw = torch.Generator().manual_seed(1000 * version + step)
+    tensors = {
+        "model.layers.0.weight": torch.randn(16, 8, generator=draw),
+        "model.norm": torch.randn(8, generator=draw).to(torch.bfloat16),
+        "optimizer.exp_avg.layers.0.weight": torch.randn(16, 8, generator=draw),
+        "buffer": torch.arange(step),
+    }
+    return tensors, {"step": step, "version": version, "loss": 1 / (step + 1)}
+
+
+def saves(folder: str, steps: list[int], keep_last: int, version: int = 0) -> None:
+    for step in steps:
+        tensors, state = content(step, version)
+        checkpoint.save(Path(folder), step, tensors, state, keep_last=keep_last)
+
+
+def small_file(path: str, text: str) -> None:
+    checkpoint.write_atomic(Path(path), text)
+
+
+def export(model: str, out: str) -> None:
+    """Exports the model of one folder over whatever stands in another."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    checkpoint.export_model(hf, tokenizer, Path(out), chat_template=tokenizer.chat_template, dtype=torch.float32)
+
+
+def sft(**fields) -> None:
+    from longtrace.trainer import train
+    from longtrace.trainer.config import SFTConfig
+
+    train.sft(SFTConfig(**fields))
+
+
+def command(arguments: list[str]) -> None:
+    from longtrace.trainer import cli
+
+    sys.exit(cli.main(arguments))
+
+
+# ---- the server ---------------------------------------------------------------------------------------------------------
+
+
+def child(trial: dict, log: Path, tally: Path) -> None:
+    os.setpgid(0, 0)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    disk = Disk(trial.get("point", 0), trial.get("power", False))
+    status = 1
+    try:
+        globals()[trial["job"]](**trial["arguments"])
+        status = 0
+    except SystemExit as leave:
+        status = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+    tally.write_text(str(disk.passed))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run(trial: dict, folder: Path) -> dict:
+    log, tally = folder / "log", folder / "points"
+    tally.unlink(missing_ok=True)
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        child(trial, log, tally)
+    after, killed = trial.get("after"), False
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if after is not None and not killed and time.monotonic() - started >= after:
+            os.kill(pid, trial.get("signal", signal.SIGKILL))
+            killed = True
+        time.sleep(0.001)
+    return {
+        "status": os.waitstatus_to_exitcode(status),
+        "points": int(tally.read_text()) if tally.exists() else None,
+        "seconds": time.monotonic() - started,
+        "log": log.read_text(errors="replace") if log.exists() else "",
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps({"ready": True}), flush=True)
+        for line in sys.stdin:
+            trial = json.loads(line)
+            if "preload" in trial:  # what jobs need, imported once for all children
+                for module in trial["preload"]:
+                    __import__(module)
+                print(json.dumps({"ready": True}), flush=True)
+                continue
+            print(json.dumps(run(trial, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
