@@ -71,10 +71,13 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict,
         _remove(old)
     steps = _steps(folder)
     kept = sorted(s for s in steps if s <= step)[-keep_last:]
-    for other in sorted(set(steps) - set(kept)):
-        gone = folder / f".step-{other:08d}.tmp-{os.getpid()}"
-        _rename(steps[other], gone)  # hidden first: a removal that dies halfway must not leave a torn checkpoint
-        _remove(gone)
+    gone = {other: folder / f".step-{other:08d}.tmp-{os.getpid()}" for other in sorted(steps.keys() - set(kept))}
+    for other, hidden in gone.items():  # hidden first: a removal that dies halfway must not leave a torn checkpoint
+        _rename(steps[other], hidden)
+    if gone:
+        _fsync(folder)
+    for hidden in gone.values():
+        _remove(hidden)
     return final
 
 

@@ -23,9 +23,7 @@ class Trials:
     def preload(self, *modules: str) -> None:
         self._ask({"preload": modules})
 
-    def run(
-        self, job: str, /, *, point: int = 0, power: bool = False, after=None, signal: int = 9, **arguments
-    ) -> dict:
+    def run(self, job: str, /, *, point: int = 0, power: str = "", after=None, signal: int = 9, **arguments) -> dict:
         """One trial in a process of its own; see trial_server.py."""
         trial = {"job": job, "arguments": arguments, "point": point, "power": power, "after": after, "signal": signal}
         return self._ask(trial)

@@ -6,7 +6,15 @@ import shutil
 
 import pytest
 import torch
+
 from longtrace.trainer import checkpoint
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+WAYS = ["", "names", slow("contents")]  # killed, or with the power: see trial_server.py
 
 
 def saved(step: int, version: int = 0):
@@ -29,14 +37,13 @@ def assert_holds(path, step: int, version: int = 0) -> None:
         assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
-@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("keep_last, power", [(1, ""), (1, "names"), slow(1, "contents"), slow(2, "names")])
 def test_every_point_of_a_save(trials, tmp_path, keep_last, power):
     before = tmp_path / "before"
     trials.points("saves", folder=str(before), steps=[2, 4], keep_last=keep_last)
     shutil.copytree(before, tmp_path / "count")
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[6], keep_last=keep_last)
-    assert points > 20
+    assert points > 10
     found = []
     for point in range(1, points + 1):
         folder = tmp_path / f"at-{point}"
@@ -46,6 +53,8 @@ def test_every_point_of_a_save(trials, tmp_path, keep_last, power):
         step = int(checkpoint.latest(folder).name[-8:])
         found.append(step)
         assert_holds(checkpoint.latest(folder), step)
+        for path in folder.glob("step-*"):
+            assert_holds(path, int(path.name[-8:]))
         # whatever was left lying about, the next save succeeds and cleans up
         tensors, state = saved(8)
         assert_holds(checkpoint.save(folder, 8, tensors, state, keep_last=1), 8)
@@ -54,7 +63,7 @@ def test_every_point_of_a_save(trials, tmp_path, keep_last, power):
     assert found == sorted(found) and set(found) == {4, 6}, found
 
 
-@pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
+@pytest.mark.parametrize("power", WAYS)
 def test_every_point_of_a_replacement(trials, tmp_path, power):
     """The only checkpoint there is, saved once more with other content: old or new at every moment, never none."""
     before = tmp_path / "before"
@@ -78,7 +87,7 @@ def test_every_point_of_a_replacement(trials, tmp_path, power):
     assert found == sorted(found) and set(found) == {0, 1}, found
 
 
-@pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
+@pytest.mark.parametrize("power", WAYS)
 def test_every_point_of_the_first_save(trials, tmp_path, power):
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[2], keep_last=1)
     found = []
@@ -112,7 +121,7 @@ def test_a_save_into_an_older_history_killed_anywhere(trials, tmp_path):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
+@pytest.mark.parametrize("power", ["", "contents", "names"])
 def test_every_point_of_a_small_file(trials, tmp_path, power):
     points = trials.points("small_file", path=str(tmp_path / "count"), text="new")
     found = []

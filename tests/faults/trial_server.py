@@ -6,7 +6,8 @@ arguments) and one way to die:
     "point": k    at the k-th disk point: before each write, fsync, rename and removal, and in the middle of each write
                   and removal; 0 counts the points without dying
     "after": s    killed from outside after s seconds (null: never)
-    "power": true with a point: as if the power went, everything that was not fsynced is undone first
+    "power": with a point, as if the power went: "contents" empties the files that were not fsynced, "names" undoes also
+                  the renames, removals and new names that no fsync of their folder has covered
     "signal": n   with "after": this signal instead of SIGKILL
 
 The answer: {"status": exit status or minus the signal, "points": disk points passed, "seconds", "log": stdout+stderr}.
@@ -28,22 +29,21 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # threads d
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+
 from longtrace.trainer import checkpoint
 
 
 class Disk:
     """Stands before the functions of checkpoint.py that touch the disk; counts points and dies at one of them."""
 
-    def __init__(self, point: int, power: bool):
+    def __init__(self, point: int, power: str):
         self.point, self.power, self.passed = point, power, 0
-        self.volatile: list[tuple[Path, object]] = []  # (folder that must be synced to keep it, how to undo it)
-        self.unsynced: set[Path] = set()  # files whose content is not on the disk
-        self.attic = Path(tempfile.mkdtemp(prefix="attic-"))
-        self.real = {
-            name: getattr(checkpoint, name)
-            for name in ("_write_tensors", "_write_bytes", "_fsync", "_rename", "_remove")
-        }
-        for name in self.real:
+        self.names: list[list] = []  # [what was done, path, source or copy of what stood there], while not fsynced
+        self.contents: set[Path] = set()  # files whose content is not fsynced
+        self.attic = Path(tempfile.mkdtemp(prefix="attic-")) if power else None
+        functions = ("_write_tensors", "_write_bytes", "_fsync", "_rename", "_remove")
+        self.real = {name: getattr(checkpoint, name) for name in functions}
+        for name in functions:
             setattr(checkpoint, name, getattr(self, name[1:]))
 
     def arrive(self, halfway=None) -> None:
@@ -57,11 +57,17 @@ class Disk:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def cut(self) -> None:
-        for path in self.unsynced:
+        """What a power cut may lose: contents, and names, that no fsync has covered."""
+        for path in self.contents:
             if path.is_file():
                 os.truncate(path, 0)
-        for _, undo in reversed(self.volatile):
-            undo()
+        for done, path, before in reversed(self.names if self.power == "names" else []):
+            if done == "rename":
+                self.real["_rename"](path, before)
+            else:
+                self.real["_remove"](path)
+                if before:
+                    (shutil.copytree if before.is_dir() else shutil.copyfile)(before, path)
 
     def keep(self, path: Path) -> Path | None:
         """A copy of what stands at `path`, to be put back by a power cut."""
@@ -71,17 +77,12 @@ class Disk:
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         return copy
 
-    def put_back(self, path: Path, copy: Path | None) -> None:
-        self.real["_remove"](path)
-        if copy:
-            (shutil.copytree if copy.is_dir() else shutil.copyfile)(copy, path)
-
     def write(self, path: Path, call) -> None:
         self.arrive()
         before = self.keep(path)
         call()
-        self.unsynced.add(path)
-        self.volatile.append((path.parent, lambda: self.put_back(path, before)))
+        self.contents.add(path)
+        self.names.append(["write", path, before])
         self.arrive(halfway=lambda: os.truncate(path, path.stat().st_size // 2))
 
     def write_tensors(self, path, tensors) -> None:
@@ -93,34 +94,31 @@ class Disk:
     def fsync(self, path) -> None:
         self.arrive()
         self.real["_fsync"](path)
-        self.unsynced.discard(path)
-        self.volatile = [(folder, undo) for folder, undo in self.volatile if folder != path]
+        self.contents.discard(path)
+        self.names = [name for name in self.names if name[1].parent != path]
 
     def rename(self, source, target) -> None:
         self.arrive()
-        replaced = self.keep(target)
+        self.names.append(["remove", target, self.keep(target)])
         self.real["_rename"](source, target)
-        self.unsynced = {target / p.relative_to(source) if p.is_relative_to(source) else p for p in self.unsynced}
 
-        def undo():
-            self.real["_rename"](target, source)
-            self.put_back(target, replaced)
+        def moved(path: Path) -> Path:
+            return target / path.relative_to(source) if path.is_relative_to(source) else path
 
-        self.volatile.append((source.parent, undo))
+        self.contents = {moved(path) for path in self.contents}
+        for name in self.names:
+            if source in name[1].parents:  # names inside a moved folder move along; its own name is the next line's
+                name[1] = moved(name[1])
+        self.names.append(["rename", target, source])
 
     def remove(self, path) -> None:
         self.arrive()
         before = self.keep(path)
-
-        def halfway():
-            if path.is_dir():
-                next(iter(sorted(path.iterdir()))).unlink()
-
         if path.is_dir() and any(path.iterdir()):
-            self.arrive(halfway)
+            self.arrive(halfway=lambda: next(iter(sorted(path.iterdir()))).unlink())
         self.real["_remove"](path)
         if before:
-            self.volatile.append((path.parent, lambda: self.put_back(path, before)))
+            self.names.append(["remove", path, before])
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +175,7 @@ def child(trial: dict, log: Path, tally: Path) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    disk = Disk(trial.get("point", 0), trial.get("power", False))
+    disk = Disk(trial.get("point", 0), trial.get("power", ""))
     status = 1
     try:
         globals()[trial["job"]](**trial["arguments"])
