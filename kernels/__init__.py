@@ -5,4 +5,26 @@ if __name__ == "kernels":  # transformers imports PyPI's `kernels`; from the clo
 
 from importlib.metadata import version
 
+from longtrace.kernels.attention import register_attention, varlen_attention
+from longtrace.kernels.explain import explain
+from longtrace.kernels.head import (
+    LogProbs,
+    linear_cross_entropy,
+    linear_log_prob,
+    linear_weighted_nll,
+    plan_chunks,
+)
+from longtrace.kernels.packing import pack
+
 __version__ = version("longtrace")
+__all__ = [
+    "LogProbs",
+    "explain",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "linear_weighted_nll",
+    "pack",
+    "plan_chunks",
+    "register_attention",
+    "varlen_attention",
+]

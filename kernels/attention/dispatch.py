@@ -1,0 +1,147 @@
+"""`varlen_attention`: causal attention over packed documents, by the best kernel this machine has."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from longtrace.kernels.attention import documents
+
+
+@lru_cache(maxsize=1)
+def _flash_attn():
+    """flash-attn's varlen function, or why it is not here."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func, f"flash-attn {version('flash-attn')}"
+    except (ImportError, PackageNotFoundError, OSError) as error:
+        return None, f"flash-attn: {error}"
+
+
+@lru_cache(maxsize=1)
+def _torch_varlen():
+    """torch's varlen function, or why it cannot be used."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return None, f"torch varlen_attn: {error}"
+    parameters = inspect.signature(varlen_attn).parameters
+    missing = [name for name in ("scale", "window_size", "enable_gqa") if name not in parameters]
+    if missing:
+        return None, f"torch {torch.__version__} varlen_attn has no {', '.join(missing)}"
+    return varlen_attn, f"torch {torch.__version__} varlen_attn"
+
+
+def choose(device: str, dtype: torch.dtype, softcap: bool = False, sinks: bool = False) -> tuple[str, str]:
+    """(backend, reason) for tensors on `device`: "flash_attn", "torch_varlen" or "documents" (SDPA per document)."""
+    if device != "cuda":
+        return "documents", f"SDPA per document: packed kernels need CUDA, this is {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "documents", f"SDPA per document: packed kernels take bf16 and fp16, this is {dtype}"
+    if sinks:
+        return "documents", "plain maths per document: packed kernels take no attention sinks"
+    function, why_flash = _flash_attn()
+    if function is not None:
+        return "flash_attn", why_flash
+    if softcap:
+        return "documents", f"plain maths per document: torch's packed kernel takes no softcap ({why_flash})"
+    function, why_torch = _torch_varlen()
+    if function is not None:
+        return "torch_varlen", f"{why_torch} ({why_flash})"
+    return "documents", f"SDPA per document: {why_flash}; {why_torch}"
+
+
+def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """`cu_seqlens` as integers, checked."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"{name} must run from 0 to {total} (the packed length), got {starts[0]} to {starts[-1]}")
+    for i, (a, b) in enumerate(zip(starts, starts[1:])):
+        if b < a:
+            raise ValueError(f"{name} must not decrease: {name}[{i}] = {a}, {name}[{i + 1}] = {b}")
+    return starts
+
+
+@torch.compiler.disable
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention within each document of a packed row; documents do not see each other.
+
+    Args:
+        q: (T, heads, D); k: (Tk, kv_heads, D); v: (Tk, kv_heads, Dv); bf16, fp16, fp32 or fp64, heads a multiple of
+            kv_heads (query head h reads kv head h // (heads / kv_heads)).
+        cu_seqlens: (documents + 1,) int32 or int64, from 0 to T, not decreasing; empty documents are allowed.
+        max_seqlen: the longest document, in tokens (read by CUDA kernels only).
+        cu_seqlens_k, max_seqlen_k: the same for keys; default: the queries'.
+        causal: a query sees keys up to its own; the last query is aligned with the last key (flash-attn's convention).
+        scale: of the scores, default D ** -0.5. window: (left, right) keys visible on each side of a query's own,
+            inclusive, -1 for open (flash-attn's convention). softcap: scores become softcap * tanh(scores / softcap).
+        sinks: (heads,) logits that join each softmax and carry no value (gpt-oss).
+
+    Returns: (T, heads, Dv) in q's dtype. A query that sees no key reads 0.
+    Raises: ValueError for shapes, dtypes or offsets that do not fit. On CUDA the offsets' values are not read back
+        (it would stall the device at every layer); their shape and dtype are checked.
+    """
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(
+            f"q, k, v must be (tokens, heads, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; accepted: one dtype")
+    for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets is not None and (
+            offsets.ndim != 1 or not offsets.numel() or offsets.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError(
+                f"{name} must be (documents + 1,) int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}"
+            )
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    if cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(f"{cu_seqlens.numel() - 1} documents of queries, {cu_seqlens_k.numel() - 1} of keys")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, expected ({q.shape[1]},)")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    window = (-1, -1) if window is None else (int(window[0]), int(window[1]))
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    backend, _ = choose(q.device.type, q.dtype, softcap is not None, sinks is not None)
+    if backend == "documents" or not q.shape[0] or not k.shape[0]:
+        starts_q = _starts("cu_seqlens", cu_seqlens, q.shape[0])
+        starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        return documents.varlen_attention(q, k, v, starts_q, starts_k, causal, scale, window, softcap, sinks)
+    if max_seqlen_k is None:
+        raise ValueError("max_seqlen_k is needed with cu_seqlens_k")
+    offsets_q, offsets_k = (x.to(device=q.device, dtype=torch.int32) for x in (cu_seqlens, cu_seqlens_k))
+    if backend == "flash_attn":
+        return _flash_attn()[0](
+            q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k),
+            softmax_scale=scale, causal=causal, window_size=window, softcap=softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    return _torch_varlen()[0](
+        q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k),
+        scale=scale, window_size=(window[0], 0) if causal else window, enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip

@@ -1,0 +1,28 @@
+"""`explain()`: which backend serves each op on this machine, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from longtrace.kernels.attention.dispatch import choose
+from longtrace.kernels.head import backend as head
+from longtrace.kernels.packing import dispatch as packing
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """(op, backend, why) for every op, for the device a training run would take here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention = choose(device, torch.bfloat16)
+    return [
+        ("pack", packing.BACKEND, packing.WHY),
+        ("head GEMM", *head.gemm_backend(device)),
+        ("head softmax", *head.softmax_backend(device)),
+        ("varlen_attention", *attention),
+    ]
+
+
+def explain() -> str:
+    """A table of (op, backend, why), one line an op."""
+    table = rows()
+    widths = [max(len(row[i]) for row in table) for i in range(2)]
+    return "\n".join(f"{op:<{widths[0]}}  {name:<{widths[1]}}  {why}" for op, name, why in table)
