@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import numpy as np
 
 from longtrace.trainer.config import Refusal
