@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import Refusal
 
+SHARD = "5GB"  # largest weights file of an exported model
 FORMAT = 1  # of the checkpoint folder; load refuses any other
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -359,7 +360,7 @@ def _save_pretrained(model, folder: Path, dtype: torch.dtype) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         model.get_base_model().config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     config = json.loads((folder / "config.json").read_bytes())
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_bytes(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
