@@ -43,7 +43,7 @@ def character_tokenizer():
     special = ["<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     vocab = {token: i for i, token in enumerate(special + ALPHABET)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special[:3]])
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in special[3:]])

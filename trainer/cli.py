@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 refused input or arguments, 143 after SIGTERM wi
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -40,23 +39,27 @@ def parse(name: str, config_class: type, arguments: list[str]):
 
     from .config import Refusal, read_yaml
 
-    default = None
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise Refusal("--config needs a YAML file")
         fields = read_yaml(Path(arguments[at + 1]), config_class)
         arguments = arguments[:at] + arguments[at + 2 :]
-        required = {
-            f.name
-            for f in dataclasses.fields(config_class)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        given = {
+            a.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for a in arguments if a.startswith("--")
         }
-        fields |= {name: tyro.MISSING for name in required - fields.keys()}
-        default = config_class(**fields)
-    return tyro.cli(
-        config_class, args=arguments, default=default, prog=f"longtrace {name}", description=config_class.__doc__
-    )
+        # the file's values become flags too, so both are checked by the same parser
+        for key in fields.keys() - given:
+            arguments = [*as_flag(key, fields[key]), *arguments]
+    return tyro.cli(config_class, args=arguments, prog=f"longtrace {name}", description=config_class.__doc__)
+
+
+def as_flag(key: str, value) -> list[str]:
+    """["--key", "value"] the way tyro reads it: booleans as --key or --no-key, lists as several values."""
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
 
 
 def usage() -> str:

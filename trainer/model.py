@@ -85,6 +85,8 @@ def load_model(config: TrainConfig) -> Model:
     tokenizer = load_tokenizer(config.model)
     with _refusing(config.model, "model"):
         hf_config = AutoConfig.from_pretrained(config.model)
+    if getattr(hf_config.get_text_config(), "attention_dropout", 0):
+        raise Refusal(f"{config.model}: packed attention has no dropout; set attention_dropout to 0 in its config.json")
     rope = extend_rope(hf_config.get_text_config(), config.max_tokens, config.rope)
     K.register_attention()
     with _refusing(config.model, "model"):

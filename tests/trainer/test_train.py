@@ -62,7 +62,7 @@ def test_learns_and_leaves_a_whole_run_folder(tiny_model, chain_data, tmp_path):
     ids=lambda c: next(iter(c)),
 )
 def test_resume_is_bit_exact(tiny_model, chain_data, tmp_path, changes):
-    model = tiny_model("llama", attention_dropout=0.1)
+    model = tiny_model("llama")
     whole = sft(config(model, chain_data, tmp_path / "whole", **changes))
     half = config(model, chain_data, tmp_path / "half", save_every=3, **changes)
     sft(half)
@@ -81,10 +81,10 @@ def test_resume_refuses_changed_data(tiny_model, chain_data, tmp_path):
         sft(config(tiny_model("llama"), changed, tmp_path / "run", steps=4, resume="auto"))
 
 
-def test_resume_refuses_another_model(tiny_model, chain_data, tmp_path):
+def test_resume_refuses_other_weights(tiny_model, chain_data, tmp_path):
     sft(config(tiny_model("llama"), chain_data, tmp_path / "run", steps=2))
     with pytest.raises(Refusal, match="same --model"):
-        sft(config(tiny_model("qwen2"), chain_data, tmp_path / "run", steps=4, resume="auto"))
+        sft(config(tiny_model("llama"), chain_data, tmp_path / "run", steps=4, resume="auto", lora_rank=2))
 
 
 def test_a_used_run_folder_is_not_overwritten(tiny_model, chain_data, tmp_path):
@@ -195,6 +195,11 @@ def test_rope_extension_is_saved(tiny_model, chain_data, tmp_path, method):
     assert saved.rope_parameters["rope_type"] == {"auto": "yarn", "ntk": "default"}.get(method, method)
     if method == "ntk":
         assert saved.rope_parameters["rope_theta"] > AutoConfig.from_pretrained(model).rope_parameters["rope_theta"]
+
+
+def test_attention_dropout_is_refused(tiny_model, chain_data, tmp_path):
+    with pytest.raises(Refusal, match="attention_dropout"):
+        sft(config(tiny_model("llama", attention_dropout=0.1), chain_data, tmp_path / "run"))
 
 
 def test_rope_none_refuses(tiny_model, chain_data, tmp_path):
