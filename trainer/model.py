@@ -100,7 +100,7 @@ def load_model(config: TrainConfig) -> Model:
             f"{config.model}: the tokenizer has {len(tokenizer):,} entries, the embedding only {rows:,}; resize it first"
         )
     if config.lora_rank:
-        hf = _add_lora(hf, config)
+        hf = add_lora(hf, config)
     hf.to(choose_device(config.device))
     hf.train()
     return Model(hf, tokenizer, config.model, bool(config.lora_rank), rope)
@@ -132,7 +132,7 @@ def checkpoint_activations(model: Model) -> None:
     enable({"use_reentrant": False})
 
 
-def _add_lora(hf: PreTrainedModel, config: TrainConfig):
+def add_lora(hf: PreTrainedModel, config: TrainConfig):
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
