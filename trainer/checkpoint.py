@@ -300,8 +300,9 @@ class MetricsLog:
 def export_model(model, tokenizer, out: Path, *, chat_template: str, dtype: torch.dtype) -> list[str]:
     """Writes a Hugging Face folder into `out` (other files there stay) and returns the names of the files written.
 
-    model: a transformers model, or a peft model (whose adapter folder is written, with the base's config.json since its
-    rope settings may differ from the base folder's). dtype: torch.bfloat16 or torch.float32, of the floating-point
+    model: a transformers model, or a peft model, whose adapter folder is written; if the base's context was extended, its
+    config.json too: transformers then refuses the folder, where it would else run the adapters on the base's own rope
+    settings (`longtrace export` merges them rightly). dtype: torch.bfloat16 or torch.float32, of the floating-point
     weights; tied weights stay tied, and above 5 GB transformers shards them. Everything is written beside, then the
     config that makes the old folder loadable is removed, then the files are moved in and the config last: at any moment
     the folder holds the old model, or the new one, or refuses to load.
@@ -358,12 +359,28 @@ def _save_pretrained(model, folder: Path, dtype: torch.dtype) -> None:
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        model.get_base_model().config.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+        base = model.get_base_model().config
+        if not _same_context(base, next(iter(model.peft_config.values())).base_model_name_or_path):
+            base.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     config = json.loads((folder / "config.json").read_bytes())
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_bytes(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+
+
+def _same_context(config, folder: str) -> bool:
+    """Whether a model's positions are still those of the folder it was loaded from."""
+    from transformers import AutoConfig
+
+    try:
+        original = AutoConfig.from_pretrained(folder)
+    except OSError:
+        return False
+    fields = ("max_position_embeddings", "rope_parameters")
+    return all(
+        getattr(original.get_text_config(), f, None) == getattr(config.get_text_config(), f, None) for f in fields
+    )
 
 
 # ---- the disk --------------------------------------------------------------------------------------------------------

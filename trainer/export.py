@@ -85,9 +85,9 @@ def _from_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str,
     except ImportError as error:
         raise Refusal("merging adapters needs peft: pip install 'longtrace[lora]'") from error
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
-    # the run may have extended the base's context: its own config.json says so, the base's does not
-    hf_config = AutoConfig.from_pretrained(run if (run / "config.json").exists() else base)
     try:
+        # a config.json beside adapters says that the run extended the base's context
+        hf_config = AutoConfig.from_pretrained(run if (run / "config.json").exists() else base)
         model = AutoModelForCausalLM.from_pretrained(base, config=hf_config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise Refusal(
