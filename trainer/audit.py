@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from longtrace.trainer.config import Refusal
 from longtrace.trainer.render import Encoded, Rendered
 from longtrace.trainer.rows import Row
-from longtrace.trainer.shapes import CLOSE, OPEN, split_thought
+from longtrace.trainer.shapes import CLOSE, OPEN, Thought, split_thought
 
 KINDS = ("no-thought", "no-answer", "no-eos", "not-a-prefix")
 SKIP = "--skip-bad-rows leaves such rows out"
@@ -49,19 +49,17 @@ class Finding:
 
 @dataclass
 class Check:
-    """A line of the table: rows that pass, of the rows it applies to, and the first that does not."""
+    """A line of the table: rows that pass, of the rows it applies to."""
 
     name: str
     kind: str = ""
     passed: int = 0
     applies: int = 0
-    example: str = ""
 
-    def count(self, ok: bool, where: str, applies: bool = True) -> None:
-        self.applies += applies
-        self.passed += applies and ok
-        if applies and not ok and not self.example:
-            self.example = where
+    def count(self, passed: bool | None) -> None:
+        """Adds a row; None where the check does not apply to it."""
+        self.applies += passed is not None
+        self.passed += passed is True
 
 
 @dataclass
@@ -162,80 +160,60 @@ class Audit:
 
     def table(self) -> Group:
         """The audit as it is printed before training."""
-        funnel = Table(title=escape(f"Audit: {', '.join(self.specs)}"), title_justify="left", title_style="bold")
-        for name, justify in (
-            ("", "left"),
-            ("rows", "right"),
-            ("%", "right"),
-            ("tokens", "right"),
-            ("%", "right"),
-            ("", "left"),
-        ):
-            funnel.add_column(name, justify=justify, overflow="fold")
+        funnel = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title="Audit of traces", title_justify="left", title_style="bold"
+        )
+        for name in ("", "rows", "%", "tokens", "%"):
+            funnel.add_column(name, justify="right" if name else "left", no_wrap=True)
 
-        def line(name, rows, tokens=None, note="", style=None):
-            cells = [f"{rows:,}", _percent(rows, self.rows_read)]
+        def line(name: str, rows: int | None, tokens: int | None, style: str | None = None) -> None:
+            cells = ["", ""] if rows is None else [f"{rows:,}", _percent(rows, self.rows_read)]
             cells += ["", ""] if tokens is None else [f"{tokens:,}", _percent(tokens, self.tokens_read)]
-            funnel.add_row(name, *cells, escape(note), style=style)
+            funnel.add_row(name, *cells, style=style)
 
         handled = {"refuse": "refused", "skip": "skipped", "split": "split"}[self.on_too_long]
-        line("read", self.rows_read, self.tokens_read, f"template: {self.template}")
+        line("read", self.rows_read, self.tokens_read)
         if self.rows_unreadable:
-            line("unreadable, left out", self.rows_unreadable, note=_short(self.first_unreadable), style="red")
-        if self.rows_left_out:
-            line("refused by a check, left out", self.rows_left_out, note=_short(self.first_left_out), style="red")
+            line("unreadable, left out", self.rows_unreadable, None, "red")
         line(
             f"over {self.max_tokens:,} tokens, {handled}",
             self.rows_too_long,
             self.tokens_too_long,
-            _short(self.first_too_long),
-            "yellow" if self.rows_too_long else None,
+            _warn(self.rows_too_long),
         )
-        pieces = self.documents - self.rows_whole
-        line(
-            "whole traces kept",
-            self.rows_whole,
-            note=f"and {pieces:,} pieces of split ones" if pieces else "",
-            style="bold",
-        )
-        funnel.add_row("tokens kept", "", "", f"{self.tokens_kept:,}", _percent(self.tokens_kept, self.tokens_read), "")
-        funnel.add_row(
-            "tokens dropped",
-            *("", "", f"{self.tokens_dropped:,}", _percent(self.tokens_dropped, self.tokens_read), ""),
-            style="yellow" if self.tokens_dropped else None,
-        )
-        ends = ", ".join(f"{token} {count:,}" for token, count in self.ends.items())
-        funnel.add_row(
-            "tokens in the loss",
-            *("", "", f"{self.tokens_supervised:,}", _percent(self.tokens_supervised, self.tokens_read)),
-            escape(f"turns end in {ends}" if ends else ""),
-        )
+        if self.rows_left_out:
+            line("failing a check, left out", self.rows_left_out, None, "red")
+        line("whole traces kept", self.rows_whole, None, "bold")
+        if self.documents > self.rows_whole:
+            line(f"  and {self.documents - self.rows_whole:,} pieces of split ones", None, None)
+        line("tokens kept", None, self.tokens_kept)
+        line("tokens dropped", None, self.tokens_dropped, _warn(self.tokens_dropped))
+        line("tokens in the loss", None, self.tokens_supervised)
 
-        checks = Table()
-        for name, justify in (
-            ("check", "left"),
-            ("rows", "right"),
-            ("of", "right"),
-            ("", "left"),
-            ("first that fails", "left"),
-        ):
-            checks.add_column(name, justify=justify, overflow="fold")
+        checks = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, justify in (("check", "left"), ("rows", "right"), ("of", "right"), ("", "left")):
+            checks.add_column(name, justify=justify, no_wrap=True)
         for check in self.checks.values():
-            failed = check.applies - check.passed
-            mark, style = ("", None) if not check.kind else ("ok", "green")
-            if check.kind and failed:
-                mark, style = ("allowed", "yellow") if check.kind in self.allow else (check.kind, "red")
-            example = self.first[check.kind].line() if check.kind in self.first and failed else ""
-            example = example if example.startswith(f"{check.example}: ") else check.example if check.kind else ""
-            checks.add_row(
-                check.name, f"{check.passed:,}", f"{check.applies:,}", mark, escape(_short(example)), style=style
-            )
+            failed = check.kind and check.passed < check.applies
+            mark, style = ("ok" if check.kind else "", None)
+            if failed:
+                mark, style = (f"{check.kind}, allowed", "yellow") if check.kind in self.allow else (check.kind, "red")
+            checks.add_row(check.name, f"{check.passed:,}", f"{check.applies:,}", mark, style=style)
         if self.rows_marked_wrong:
-            checks.add_row(
-                "answer marked wrong (correct: false)", f"{self.rows_marked_wrong:,}", f"{self.rows_read:,}", "", ""
-            )
-        lengths = f"length in tokens: p50 {self.length_p50:,} · p90 {self.length_p90:,} · max {self.length_max:,}"
-        return Group(funnel, checks, lengths, *(escape(note) for note in self.notes))
+            checks.add_row("marked wrong (correct: false), trained on", f"{self.rows_marked_wrong:,}", "", "")
+        ends = ", ".join(f"{token} ({count:,})" for token, count in self.ends.items())
+        lines = [
+            f"data: {', '.join(self.specs)}",
+            f"template: {self.template}",
+            f"tokens a row: p50 {self.length_p50:,}, p90 {self.length_p90:,}, longest {self.length_max:,}",
+            f"turns end in: {ends}" if ends else "",
+            f"first unreadable: {self.first_unreadable}" if self.first_unreadable else "",
+            f"first over the limit: {self.first_too_long}" if self.first_too_long else "",
+            f"first left out: {self.first_left_out}" if self.first_left_out else "",
+            *(f"for example {finding.line()}" for finding in self.first.values()),
+            *self.notes,
+        ]
+        return Group(funnel, checks, *(Text(line) for line in lines if line))
 
 
 def check_row(
@@ -263,7 +241,7 @@ def check_row(
     elif not close_kept:
         find("no-thought", f"the template ({template}) drops {CLOSE}", KEEP)
 
-    missing = _missing_answer(row, assistants[-1], taken[-1].final)
+    missing = _missing_answer(row, assistants[-1], taken[-1])
     dropped = taken[-1].final not in texts[-1]
     if missing:
         find("no-answer", missing, SKIP)
@@ -292,14 +270,15 @@ def check_row(
     }
 
 
-def _missing_answer(row: Row, last: dict[str, Any], final: str) -> str:
+def _missing_answer(row: Row, last: dict[str, Any], taken: Thought) -> str:
     """Why a row counts as one without an answer, or ''."""
     if not row.finished:
         return "the row says that its text was cut off (finished: false)"
     if last.get("tool_calls"):
         return ""
-    if OPEN in last["content"] and CLOSE not in last["content"]:
+    if not taken.closed:
         return "the thought never ends, so no answer follows"
+    final = taken.final
     if not final:
         return f"nothing follows {CLOSE}" if CLOSE in last["content"] else "the assistant's text is empty"
     if row.answer is None or BOXED.search(final) or STATED.search(final) or _mentions(final, row.answer):
@@ -339,7 +318,5 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f}" if whole else "–"
 
 
-def _short(line: str) -> str:
-    """A finding with the folders of its file left out."""
-    where, colon, rest = line.partition(": ")
-    return Path(where).name + colon + rest if "/" in where and line else line
+def _warn(count: int) -> str | None:
+    return "yellow" if count else None

@@ -115,6 +115,8 @@ def render(tokenizer, template: str, messages: list[dict[str, Any]], tools: list
             prompt = text_of(messages[:i], prompt=True) if i else ""
             upto = text if i == len(messages) - 1 else text_of(messages[: i + 1])
             if not text.startswith(upto):
+                upto = upto.removesuffix(tokenizer.eos_token or "")  # Phi-3 closes the whole conversation with one more
+            if not text.startswith(upto):
                 broken = broken or f"messages[{i}] renders differently when more turns follow"
                 continue
             start = len(prompt)
@@ -128,9 +130,8 @@ def render(tokenizer, template: str, messages: list[dict[str, Any]], tools: list
                 start = max(start, turns[-1][1])
             turns.append((min(start, len(upto)), len(upto)))
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise Refusal(
-            f"the chat template cannot render this row: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        reason = str(error).strip("'\"").partition("\n")[0] or type(error).__name__
+        raise Refusal(f"the chat template cannot render this row: {reason}") from None
     return Rendered(text, turns, broken)
 
 

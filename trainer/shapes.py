@@ -119,7 +119,7 @@ def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     )
     target = next((field for field in (target, "trace", "completion") if field in row), None)
     reasoning = next((field for field in REASONING_FIELDS if field in row), None)
-    if target is not None and isinstance(row[target], list):
+    if target == "completion" and isinstance(row[target], list):
         return messages + _message_list(row[target], target)
     if target is None and reasoning is not None:
         target = next((field for field in ("content", "answer") if field in row), None)

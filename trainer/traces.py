@@ -157,8 +157,7 @@ def audit_traces(
         """Rows that can be read and rendered, with their number in reading order."""
         number = 0
         for spec in specs:
-            before = len(unreadable)
-            rows = 0
+            before, rows, unrendered = len(unreadable), 0, 0
             for row in read_rows(spec, columns=columns, skip_bad_rows=skip_unreadable, bad_rows=unreadable):
                 rows += 1
                 try:
@@ -172,9 +171,10 @@ def audit_traces(
                     if not skip_unreadable:
                         raise Refusal(f"{row.where}: {refusal}") from None
                     unreadable.append(f"{row.where}: {refusal}")
+                    unrendered += 1
                     continue
-                yield number + rows + len(unreadable) - before - 1, row, rendered
-            number += rows + len(unreadable) - before
+                yield number + rows + len(unreadable) - before - unrendered - 1, row, rendered
+            number += rows + len(unreadable) - before - unrendered
 
     def take(
         number: int, row: Row, rendered: Rendered, encoded: Encoded, findings: list[Finding], passed: dict
@@ -183,7 +183,6 @@ def audit_traces(
         length = len(encoded.ids)
         lengths.append(length)
         audit.tokens_read += length
-        audit.rows_marked_wrong += row.marked_wrong
         if length > max_tokens:
             audit.rows_too_long += 1
             audit.tokens_too_long += length
@@ -193,7 +192,7 @@ def audit_traces(
                 return  # a row that is not trained has nothing to check
         refused = [finding for finding in findings if finding.kind not in audit.allow]
         for key, ok in passed.items():
-            audit.checks[key].count(bool(ok), row.where, applies=ok is not None)
+            audit.checks[key].count(ok)
         if refused and skip_findings:
             audit.rows_left_out += 1
             audit.first_left_out = audit.first_left_out or refused[0].line()
@@ -204,6 +203,7 @@ def audit_traces(
         for end in encoded.ends:
             name = tokenizer.convert_ids_to_tokens(end) if end is not None else "nothing"
             audit.ends[name] = audit.ends.get(name, 0) + 1
+        audit.rows_marked_wrong += row.marked_wrong
         audit.rows_whole += length <= max_tokens
         pieces = -(-length // max_tokens)
         for k in range(pieces):
