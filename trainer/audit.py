@@ -255,6 +255,10 @@ def check_row(
             f"the template ({template}) puts no end token after an assistant turn: stopping is not learned",
             ENDS,
         )
+    elif encoded.ends_early:
+        find(
+            "no-eos", "the row's text has the end token inside an assistant turn: stopping would be learned there", SKIP
+        )
     if rendered.broken:
         find("not-a-prefix", rendered.broken, PREFIX)
     elif not encoded.prompt_is_prefix:
@@ -265,7 +269,7 @@ def check_row(
         "kept": lost is None if thoughts else None,
         "closed": (not unclosed and close_kept and not lost) if thoughts else None,
         "answer": not missing and not dropped,
-        "eos": ended,
+        "eos": ended and not encoded.ends_early,
         "prefix": not rendered.broken and encoded.prompt_is_prefix,
     }
 

@@ -59,12 +59,14 @@ class Rendered:
 
 @dataclass
 class Encoded:
-    """A row as tokens: ids (T,) uint32, loss_mask (T,) bool, the token each assistant turn ends in (None: it has none)."""
+    """A row as tokens: ids (T,) uint32, loss_mask (T,) bool, the token each assistant turn ends in (None: it has none),
+    whether the last generation prompt's ids are its first ids, and whether an end token also stands inside a turn."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
     ends: list[int | None] = field(default_factory=list)
     prompt_is_prefix: bool = True
+    ends_early: bool = False
 
 
 def resolve_template(tokenizer, template: str) -> Template:
@@ -162,6 +164,7 @@ class Encoder:
     def _join(self, pieces: list[tuple[str, bool]], flat, whole: list[int] | None) -> Encoded:
         ids, mask, ends = [], [], []
         length = last_prompt = 0
+        ends_early = False
         for k, (text, target) in enumerate(pieces):
             piece = next(flat)
             if k and self.anchor is not None:
@@ -173,6 +176,7 @@ class Encoder:
                 end = self._end(piece)
                 ends.append(None if end is None else piece[end])
                 if end is not None:
+                    ends_early |= piece[end] in piece[:end]
                     piece_mask[end + 1 :] = False  # the line break after <|im_end|> is never generated
             ids.append(np.asarray(piece, np.uint32))
             mask.append(piece_mask)
@@ -180,7 +184,7 @@ class Encoder:
         ids, mask = np.concatenate(ids), np.concatenate(mask)
         mask[:1] = False  # nothing stands before the first token that could predict it
         is_prefix = whole is None or np.array_equal(ids[:last_prompt], np.asarray(whole, np.uint32))
-        return Encoded(ids, mask, ends, is_prefix)
+        return Encoded(ids, mask, ends, is_prefix, ends_early)
 
     def _end(self, piece: list[int]) -> int | None:
         """Position of the special token that ends a turn: the last one that is not white space."""

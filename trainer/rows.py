@@ -141,7 +141,8 @@ def _json_object(line: bytes) -> dict | Refusal:
     except UnicodeDecodeError as error:
         return Refusal(f"found byte 0x{line[error.start]:02x} at {error.start + 1}, not UTF-8; accepted: UTF-8 text")
     except json.JSONDecodeError as error:
-        return Refusal(f"broken JSON: {error.msg} at character {error.colno:,}; accepted: one JSON object a line")
+        what = error.msg.removesuffix(" at")
+        return Refusal(f"broken JSON: {what} at character {error.colno:,}; accepted: one JSON object a line")
     except RecursionError:
         return Refusal("broken JSON: nested too deeply; accepted: one JSON object a line")
     if not isinstance(value, dict):

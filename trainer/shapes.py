@@ -101,7 +101,7 @@ def to_tools(raw: dict[str, Any]) -> list[dict] | None:
 def to_answer(raw: dict[str, Any]) -> str | None:
     """The row's reference answer (`answer`: text or a number), or None."""
     answer = raw.get("answer")
-    if answer is None:
+    if answer is None or answer != answer:  # tables write a missing text as NaN
         return None
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise Refusal(f"answer: found {_show(answer)}; accepted: text or a number")

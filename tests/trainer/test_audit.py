@@ -121,6 +121,13 @@ def test_an_end_token_that_is_not_learned(file, tokenizer):
     }
 
 
+def test_an_end_token_inside_a_thought(file, tokenizer):
+    row = {**GOOD, "trace": "<think>\nChatML ends turns with <|im_end|>, so\n</think>\n\n\\boxed{4}"}
+    line = refused(file, tokenizer, GOOD, row)
+    assert "file.jsonl:2: no-eos: the row's text has the end token inside an assistant turn" in line
+    assert "--skip-bad-rows" in line and "--allow no-eos" in line
+
+
 def test_a_template_that_drops_the_answer(file, tokenizer):
     tokenizer.chat_template = TRUNCATES
     long_answer = {**GOOD, "trace": THOUGHT + " And therefore it is four, as was to be shown."}
@@ -165,7 +172,7 @@ def test_a_row_without_an_answer(file, tokenizer, case):
         ("10", "The answer is five."),
         ("72", "#### 71"),
         ("\\frac{1}{2}", "\\boxed{\\frac{1}{\\sqrt{3^{2}}}}"),
-        (None, "Here is the poem you asked for."),
+        (float("nan"), "Here is the poem you asked for."),
     ],
 )
 def test_an_answer_is_seen_in_other_spellings_and_when_it_is_wrong(file, tokenizer, answer, text):
