@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -61,7 +62,7 @@ def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     starts = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != total:
         raise ValueError(f"{name} must run from 0 to {total} (the packed length), got {starts[0]} to {starts[-1]}")
-    for i, (a, b) in enumerate(zip(starts, starts[1:])):
+    for i, (a, b) in enumerate(itertools.pairwise(starts)):
         if b < a:
             raise ValueError(f"{name} must not decrease: {name}[{i}] = {a}, {name}[{i + 1}] = {b}")
     return starts

@@ -7,6 +7,8 @@ recomputed in the backward.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,8 @@ def varlen_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """(T, heads, Dv) from packed q (T, heads, D), k and v (Tk, kv heads, D); window sides of -1 are open."""
-    sizes_q = [b - a for a, b in zip(starts_q, starts_q[1:])]
-    sizes_k = [b - a for a, b in zip(starts_k, starts_k[1:])]
+    sizes_q = [b - a for a, b in itertools.pairwise(starts_q)]
+    sizes_k = [b - a for a, b in itertools.pairwise(starts_k)]
     outputs = []
     # split, not slices: the backward of split is one concatenation, of n slices n buffers of the whole length
     for qi, ki, vi in zip(q.split(sizes_q), k.split(sizes_k), v.split(sizes_k)):

@@ -1,0 +1,7 @@
+#include "softmax.h"
+
+#include "softmax.inc"
+
+namespace longtrace {
+const SoftmaxKernels softmax_avx512 = {"avx512", stats, dlogits};
+}

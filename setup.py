@@ -1,0 +1,89 @@
+"""Builds the extensions where it can: `longtrace.kernels._C` (torch ops, stable ABI) and `_pack` (pybind11).
+
+Both are optional. Without torch in the build environment (pip's build isolation), without a compiler, or with
+LONGTRACE_BUILD=0, the install is pure Python. Everything else about the package is in pyproject.toml.
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+FLAGS = {"csrc/cpu/softmax_avx2.cpp": AVX2, "csrc/cpu/softmax_avx512.cpp": AVX512}  # never -march=native
+COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("LONGTRACE_BUILD", "1") == "0":
+        return skip("LONGTRACE_BUILD=0")
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return skip(f"extensions are built on Linux x86-64 and arm64, this is {sys.platform} {platform.machine()}")
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        return skip(f"no torch in the build environment ({error}); pip install --no-build-isolation builds them")
+    units = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+    found = [
+        Extension(
+            "longtrace.kernels._C",
+            ["csrc/ops.cpp", "csrc/cpu/softmax.cpp", *(f"csrc/cpu/softmax_{unit}.cpp" for unit in units)],
+            depends=["csrc/cpu/softmax.h", "csrc/cpu/softmax.inc"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+            extra_compile_args=COMMON,
+            py_limited_api=True,
+            optional=True,
+        )
+    ]
+    try:
+        import pybind11
+
+        found.append(
+            Extension(
+                "longtrace.kernels._pack",
+                ["csrc/pack.cpp"],
+                include_dirs=[pybind11.get_include()],
+                extra_compile_args=COMMON,
+                optional=True,
+            )
+        )
+    except ImportError as error:
+        skip(f"_pack: {error}")
+    return found
+
+
+def skip(why: str) -> list[Extension]:
+    print(f"longtrace: pure Python kernels: {why}", file=sys.stderr)
+    return []
+
+
+class OptionalBuild(build_ext):
+    """Compiles with per-file flags; an extension that fails to build is left out with one line."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            compile_all = self.compiler.compile
+
+            def compile_each(sources, extra_postargs=None, **options):
+                objects = []
+                for source in sources:
+                    objects += compile_all(
+                        [source], extra_postargs=[*(extra_postargs or []), *FLAGS.get(source, [])], **options
+                    )
+                return objects
+
+            self.compiler.compile = compile_each
+            super().build_extension(ext)
+        except Exception as error:
+            skip(f"{ext.name} did not build: {error}")
+        finally:
+            self.compiler.compile = compile_all
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": OptionalBuild})
