@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +21,19 @@ class Trials:
         )
         self._answer()
 
-    def preload(self, *modules: str) -> None:
-        self._ask({"preload": modules})
+    def warm(self, job: str, /, **arguments) -> None:
+        """Does the job in the server itself: what it imports need not be imported by every trial."""
+        self._ask({"job": job, "arguments": arguments, "here": True})
 
-    def run(self, job: str, /, *, point: int = 0, power: str = "", after=None, signal: int = 9, **arguments) -> dict:
+    def run(
+        self, job: str, /, *, point=0, power="", after=None, lines=None, signal=signal.SIGKILL, **arguments
+    ) -> dict:
         """One trial in a process of its own; see trial_server.py."""
-        trial = {"job": job, "arguments": arguments, "point": point, "power": power, "after": after, "signal": signal}
-        return self._ask(trial)
+        death = {"point": point, "power": power, "after": after, "lines": lines, "signal": int(signal)}
+        return self._ask({"job": job, "arguments": arguments} | death)
 
-    def points(self, job: str, /, **arguments) -> int:
-        """How many disk points the job passes when nothing kills it."""
+    def points(self, job: str, /, **arguments) -> list[str]:
+        """The disk points the job passes when nothing kills it; the first one is number 1."""
         answer = self.run(job, **arguments)
         assert answer["status"] == 0, answer["log"]
         return answer["points"]

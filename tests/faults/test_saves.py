@@ -43,9 +43,9 @@ def test_every_point_of_a_save(trials, tmp_path, keep_last, power):
     trials.points("saves", folder=str(before), steps=[2, 4], keep_last=keep_last)
     shutil.copytree(before, tmp_path / "count")
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[6], keep_last=keep_last)
-    assert points > 10
+    assert len(points) > 10
     found = []
-    for point in range(1, points + 1):
+    for point in range(1, len(points) + 1):
         folder = tmp_path / f"at-{point}"
         shutil.copytree(before, folder)
         died = trials.run("saves", point=point, power=power, folder=str(folder), steps=[6], keep_last=keep_last)
@@ -71,7 +71,7 @@ def test_every_point_of_a_replacement(trials, tmp_path, power):
     shutil.copytree(before, tmp_path / "count")
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[4], keep_last=1, version=1)
     found = []
-    for point in range(1, points + 1):
+    for point in range(1, len(points) + 1):
         folder = tmp_path / f"at-{point}"
         shutil.copytree(before, folder)
         died = trials.run("saves", point=point, power=power, folder=str(folder), steps=[4], keep_last=1, version=1)
@@ -91,7 +91,7 @@ def test_every_point_of_a_replacement(trials, tmp_path, power):
 def test_every_point_of_the_first_save(trials, tmp_path, power):
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[2], keep_last=1)
     found = []
-    for point in range(1, points + 1):
+    for point in range(1, len(points) + 1):
         folder = tmp_path / f"at-{point}"
         died = trials.run("saves", point=point, power=power, folder=str(folder), steps=[2], keep_last=1)
         assert died["status"] == -9, (point, died["log"])
@@ -109,7 +109,7 @@ def test_a_save_into_an_older_history_killed_anywhere(trials, tmp_path):
     shutil.copytree(before, tmp_path / "count")
     points = trials.points("saves", folder=str(tmp_path / "count"), steps=[4], keep_last=3, version=1)
     assert sorted(p.name for p in (tmp_path / "count").iterdir()) == ["step-00000002", "step-00000004"]
-    for point in range(1, points + 1):
+    for point in range(1, len(points) + 1):
         folder = tmp_path / f"at-{point}"
         shutil.copytree(before, folder)
         died = trials.run("saves", point=point, folder=str(folder), steps=[4], keep_last=3, version=1)
@@ -125,7 +125,7 @@ def test_a_save_into_an_older_history_killed_anywhere(trials, tmp_path):
 def test_every_point_of_a_small_file(trials, tmp_path, power):
     points = trials.points("small_file", path=str(tmp_path / "count"), text="new")
     found = []
-    for point in range(1, points + 1):
+    for point in range(1, len(points) + 1):
         path = tmp_path / f"at-{point}" / "config.yaml"
         checkpoint.write_atomic(path, "old\n")
         died = trials.run("small_file", point=point, power=power, path=str(path), text="new é\n")

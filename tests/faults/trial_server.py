@@ -6,17 +6,20 @@ arguments) and one way to die:
     "point": k    at the k-th disk point: before each write, fsync, rename and removal, and in the middle of each write
                   and removal; 0 counts the points without dying
     "after": s    killed from outside after s seconds (null: never)
+    "lines": [path, n]    killed from outside once that file has n lines
     "power": with a point, as if the power went: "contents" empties the files that were not fsynced, "names" undoes also
                   the renames, removals and new names that no fsync of their folder has covered
-    "signal": n   with "after": this signal instead of SIGKILL
+    "signal": n   with "after" and "lines": this signal instead of SIGKILL
 
-The answer: {"status": exit status or minus the signal, "points": disk points passed, "seconds", "log": stdout+stderr}.
+The answer: {"status": exit status or minus the signal, "points": the disk points passed, "seconds", "log": stdout+stderr}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -28,6 +31,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # threads do not survive a fork
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import torch
 
 from longtrace.trainer import checkpoint
@@ -37,7 +41,7 @@ class Disk:
     """Stands before the functions of checkpoint.py that touch the disk; counts points and dies at one of them."""
 
     def __init__(self, point: int, power: str):
-        self.point, self.power, self.passed = point, power, 0
+        self.point, self.power, self.passed = point, power, []
         self.names: list[list] = []  # [what was done, path, source or copy of what stood there], while not fsynced
         self.contents: set[Path] = set()  # files whose content is not fsynced
         self.attic = Path(tempfile.mkdtemp(prefix="attic-")) if power else None
@@ -46,9 +50,9 @@ class Disk:
         for name in functions:
             setattr(checkpoint, name, getattr(self, name[1:]))
 
-    def arrive(self, halfway=None) -> None:
-        self.passed += 1
-        if self.passed != self.point:
+    def arrive(self, what: str, path: Path, halfway=None) -> None:
+        self.passed.append(f"{what} {path.parent.name}/{path.name}")
+        if len(self.passed) != self.point:
             return
         if halfway:
             halfway()
@@ -78,12 +82,12 @@ class Disk:
         return copy
 
     def write(self, path: Path, call) -> None:
-        self.arrive()
+        self.arrive("write", path)
         before = self.keep(path)
         call()
         self.contents.add(path)
         self.names.append(["write", path, before])
-        self.arrive(halfway=lambda: os.truncate(path, path.stat().st_size // 2))
+        self.arrive("half of", path, lambda: os.truncate(path, path.stat().st_size // 2))
 
     def write_tensors(self, path, tensors) -> None:
         self.write(path, lambda: self.real["_write_tensors"](path, tensors))
@@ -92,13 +96,13 @@ class Disk:
         self.write(path, lambda: self.real["_write_bytes"](path, data))
 
     def fsync(self, path) -> None:
-        self.arrive()
+        self.arrive("fsync", path)
         self.real["_fsync"](path)
         self.contents.discard(path)
         self.names = [name for name in self.names if name[1].parent != path]
 
     def rename(self, source, target) -> None:
-        self.arrive()
+        self.arrive("rename", source)
         self.names.append(["remove", target, self.keep(target)])
         self.real["_rename"](source, target)
 
@@ -112,10 +116,10 @@ class Disk:
         self.names.append(["rename", target, source])
 
     def remove(self, path) -> None:
-        self.arrive()
+        self.arrive("remove", path)
         before = self.keep(path)
         if path.is_dir() and any(path.iterdir()):
-            self.arrive(halfway=lambda: next(iter(sorted(path.iterdir()))).unlink())
+            self.arrive("half of", path, lambda: next(iter(sorted(path.iterdir()))).unlink())
         self.real["_remove"](path)
         if before:
             self.names.append(["remove", path, before])
@@ -155,16 +159,41 @@ def export(model: str, out: str) -> None:
 
 
 def sft(**fields) -> None:
+    """A training run whose process starts from random numbers of its own, as any new process does."""
+    random.seed(os.urandom(8))
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     from longtrace.trainer import train
     from longtrace.trainer.config import SFTConfig
 
+    lighten()
     train.sft(SFTConfig(**fields))
 
 
 def command(arguments: list[str]) -> None:
     from longtrace.trainer import cli
 
+    lighten()
     sys.exit(cli.main(arguments))
+
+
+ESTIMATES: dict[int, object] = {}  # made by the warm-up run in the server, found by its children
+
+
+def lighten() -> None:
+    """Leaves out what has no part in resuming and takes half of a tiny run: the report's pictures, the memory estimate."""
+    from longtrace.trainer import plan, report
+
+    estimate = getattr(plan.estimate, "real", plan.estimate)
+
+    def known(model, config, lengths):
+        if config.lora_rank not in ESTIMATES:
+            ESTIMATES[config.lora_rank] = estimate(model, config, lengths)
+        return ESTIMATES[config.lora_rank]
+
+    known.real = estimate
+    plan.estimate = known
+    report.sft_report = lambda out: out / "report.html"
 
 
 # ---- the server ---------------------------------------------------------------------------------------------------------
@@ -184,10 +213,20 @@ def child(trial: dict, log: Path, tally: Path) -> None:
         status = leave.code or 0
     except BaseException:
         traceback.print_exc()
-    tally.write_text(str(disk.passed))
+    tally.write_text(json.dumps(disk.passed))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def moment(trial: dict, started: float):
+    """A function that says whether it is time to kill the trial from outside."""
+    if trial.get("after") is not None:
+        return lambda: time.monotonic() - started >= trial["after"]
+    if trial.get("lines"):
+        path, lines = Path(trial["lines"][0]), trial["lines"][1]
+        return lambda: path.exists() and path.read_bytes().count(b"\n") >= lines
+    return lambda: False
 
 
 def run(trial: dict, folder: Path) -> dict:
@@ -197,18 +236,19 @@ def run(trial: dict, folder: Path) -> dict:
     pid = os.fork()
     if pid == 0:
         child(trial, log, tally)
-    after, killed = trial.get("after"), False
+    due = moment(trial, started)
+    killed = False
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
-        if after is not None and not killed and time.monotonic() - started >= after:
+        if not killed and due():
             os.kill(pid, trial.get("signal", signal.SIGKILL))
             killed = True
         time.sleep(0.001)
     return {
         "status": os.waitstatus_to_exitcode(status),
-        "points": int(tally.read_text()) if tally.exists() else None,
+        "points": json.loads(tally.read_text()) if tally.exists() else None,
         "seconds": time.monotonic() - started,
         "log": log.read_text(errors="replace") if log.exists() else "",
     }
@@ -220,10 +260,10 @@ def main() -> None:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             trial = json.loads(line)
-            if "preload" in trial:  # what jobs need, imported once for all children
-                for module in trial["preload"]:
-                    __import__(module)
-                print(json.dumps({"ready": True}), flush=True)
+            if trial.get("here"):  # in this process, so that the children find everything imported and warm
+                with contextlib.redirect_stdout(sys.stderr):
+                    globals()[trial["job"]](**trial["arguments"])
+                print(json.dumps({"status": 0}), flush=True)
                 continue
             print(json.dumps(run(trial, Path(folder))), flush=True)
 
