@@ -1,1 +1,50 @@
 """Benchmarks: one file per question, run by `longtrace bench NAME`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from longtrace.trainer.config import Refusal
+
+BENCHES = {
+    "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
+}
+
+
+@dataclass
+class BenchConfig:
+    """Time this trainer against its peers: a table, NAME.png and a JSON record."""
+
+    name: tyro.conf.Positional[str]
+    """Which one: sft_throughput."""
+    quick: bool = False
+    """Fixed tiny shapes; ends within a minute on two cores."""
+    json: Path | None = None
+    """Where the record goes (none = runs/bench/NAME.json); NAME.png lands beside it."""
+    model: str = ""
+    """Model folder (none = random weights of SmolLM2-135M's shape)."""
+    data: list[str] | None = None
+    """Traces, as `longtrace sft --data` takes them (none = generated tokens)."""
+    tokens: int = 8192
+    """Tokens in a packed row."""
+    document_tokens: int = 0
+    """Length of a generated document; 0 = one document fills the row."""
+    repeats: int = 3
+    """Processes per implementation, interleaved."""
+    steps: int = 3
+    """Optimizer steps per process; the first is not timed."""
+    threads: int = 0
+    """Threads of every process (0 = the cores this one may use)."""
+    impls: list[str] | None = None
+    """Implementations to time (none = all that are installed)."""
+
+
+def bench(config: BenchConfig) -> None:
+    """Runs one benchmark. Raises Refusal for an unknown name or unusable options."""
+    if config.name not in BENCHES:
+        raise Refusal(f"bench: found {config.name}; accepted: {', '.join(BENCHES)}")
+    importlib.import_module(f"longtrace.bench.{config.name}").bench(config)

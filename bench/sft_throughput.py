@@ -1,0 +1,359 @@
+"""How fast does SFT train, and in how much memory? This trainer and TRL's SFTTrainer on the same packed rows.
+
+Both sides get the same weights, the same rows in the same order, the same learning rate, AdamW settings and clipping,
+the same threads, and no activation checkpointing. The losses are compared first: a speed-up that changes the loss is
+none. What is timed is a whole optimizer step, from the end of one to the end of the next, the first left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from longtrace.trainer.config import Refusal
+
+from . import BenchConfig, harness
+from .harness import console
+
+LR, BETAS, EPS, CLIP = 1e-5, (0.9, 0.95), 1e-8, 1.0
+
+# name: (worker, package it needs, how it holds and computes with weights)
+IMPLS = {
+    "longtrace": ("ours", "longtrace", "fp32 masters, bf16 weights and compute"),
+    "trl": ("trl", "trl", "bf16 weights, bf16 AdamW state, no autocast"),
+    "trl-autocast": ("trl", "trl", "fp32 weights, bf16 autocast (TRL's default)"),
+}
+DEFAULT_IMPLS = ["longtrace", "trl"]
+
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+TINY = SMOLLM2_135M | {
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+
+
+def bench(config: BenchConfig) -> None:
+    """Measures, prints the table, draws sft_throughput.png, writes the JSON record."""
+    if config.quick:
+        config.model, config.data, config.tokens, config.document_tokens = "", None, 1024, 256
+        config.repeats, config.steps = 3, 3
+    if config.steps < 2 or config.repeats < 1 or config.tokens < 16:
+        raise Refusal("bench: accepted: --steps 2 or more (the first is not timed), --repeats 1, --tokens 16 or more")
+    chosen = config.impls or DEFAULT_IMPLS
+    if unknown := set(chosen) - set(IMPLS):
+        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
+    threads = harness.threads_here(config.threads)
+    machine = harness.machine(threads)
+    skipped = {n: f"{IMPLS[n][1]} is not installed" for n in chosen if not harness.installed(IMPLS[n][1])}
+    if machine["load_before"] is not None and machine["load_before"] > 0.5:
+        console.print(f"note: the machine is busy (load {machine['load_before']}); times will say so", style="yellow")
+
+    with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
+        model, weights = _model(config, Path(folder))
+        rows, tokens_text = _rows(config, model)
+        np.savez(Path(folder) / "rows.npz", **rows)
+        what = f"{weights}; {config.tokens:,}-token rows, {tokens_text}; bf16, no activation checkpointing"
+        console.print(f"sft_throughput: {what}; {threads} threads", highlight=False)
+        targets = {
+            name: (
+                f"longtrace.bench.sft_throughput:{IMPLS[name][0]}",
+                {"impl": name, "model": str(model), "rows": f"{folder}/rows.npz", "steps": config.steps},
+            )
+            for name in chosen
+            if name not in skipped
+        }
+        results, failed = harness.interleaved(targets, repeats=config.repeats, threads=threads)
+    _report(config, machine, results, skipped | failed, what)
+    if failed:
+        raise Refusal(f"bench sft_throughput: {', '.join(failed)} did not finish; the record says why")
+
+
+def _report(
+    config: BenchConfig, machine: dict, results: dict[str, list[dict]], left_out: dict[str, str], what: str
+) -> None:
+    table = [_row(name, found) for name, found in results.items()]
+    by_name = {row["impl"]: row for row in table}
+    ratios, checks = {}, []
+    for name, row in by_name.items():
+        if "longtrace" not in by_name or name == "longtrace":
+            continue
+        ours = by_name["longtrace"]
+        ratios[f"tokens_per_s_vs_{name}"] = ours["tokens_per_s"] / row["tokens_per_s"]
+        ratios[f"peak_mb_vs_{name}"] = ours["peak_mb"] / row["peak_mb"]
+        a, b = results["longtrace"][0]["losses"], results[name][0]["losses"]
+        ratios[f"first_loss_difference_vs_{name}"] = abs(a[0] - b[0]) / abs(b[0])
+        ratios[f"largest_loss_difference_vs_{name}"] = max(abs(x - y) / abs(y) for x, y in zip(a, b))
+        same = ratios[f"first_loss_difference_vs_{name}"] < 5e-3
+        checks.append(
+            f"{'holds' if same else 'FAILS'}: first loss within 0.5 % of {name}'s "
+            f"({a[0]:.4f} and {b[0]:.4f}; largest difference over {len(a)} steps "
+            f"{100 * ratios[f'largest_loss_difference_vs_{name}']:.2f} %)"
+        )
+    for check in checks:
+        console.print(check, style="green" if check.startswith("holds") else "bold red", highlight=False)
+    columns = {"impl": "", "tokens_per_s": "tokens/s", "step_seconds": "s/step", "peak_mb": "peak MB",
+               "floor_mb": "imports MB", "final_loss": "final loss", "timed_steps": "timed steps"}  # fmt: skip
+    formats = {
+        "tokens_per_s": ",.1f",
+        "step_seconds": ",.2f",
+        "peak_mb": ",.0f",
+        "floor_mb": ",.0f",
+        "final_loss": ".4f",
+    }
+    if table:
+        harness.print_table("SFT throughput (peak memory is above what the imports take)", columns, table, formats)
+        for row in table:
+            console.print(f"  {row['impl']}: {row['policy']}", style="dim", highlight=False)
+    for name in by_name:
+        if f"peak_mb_vs_{name}" in ratios:
+            speed, peak = ratios[f"tokens_per_s_vs_{name}"], ratios[f"peak_mb_vs_{name}"]
+            console.print(
+                f"longtrace / {name}: {speed:.2f}x the tokens per second, {peak:.2f}x the memory", highlight=False
+            )
+    for name, why in left_out.items():
+        console.print(f"skipped: {name}: {why.splitlines()[0]}", style="yellow")
+    path = harness.write_record(
+        "sft_throughput", config.json, machine=machine, rows=table, ratios=ratios, setting=what,
+        losses={name: found[0]["losses"] for name, found in results.items()}, skipped=left_out, checks=checks,
+        optimizer={"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "clip": CLIP, "schedule": "constant"},
+    )  # fmt: skip
+    if table:
+        panels = [("tokens per second (more is better)", table, "tokens_per_s", ",.1f"),
+                  ("peak memory above imports, MB (less is better)", table, "peak_mb", ",.0f")]  # fmt: skip
+        note = f"{what}\n{machine['cpu']}, {machine['threads']} threads, {machine['date']}"
+        harness.bar_picture(path.parent / "sft_throughput.png", "SFT throughput", panels, note)
+    console.print(f"record in {path}, picture beside it", highlight=False)
+
+
+def _row(name: str, found: list[dict]) -> dict:
+    seconds = [second for result in found for second in result["seconds"]]
+    tokens = found[0]["tokens"]
+    middle = float(np.median(seconds))
+    return {
+        "impl": name,
+        "tokens_per_s": tokens / middle,
+        "peak_mb": harness.median(found, "peak_mb"),
+        "final_loss": found[0]["losses"][-1],
+        "step_seconds": middle,
+        "tokens_per_s_min": tokens / max(seconds),
+        "tokens_per_s_max": tokens / min(seconds),
+        "floor_mb": harness.median(found, "floor_mb"),
+        "timed_steps": len(seconds),
+        "processes": len(found),
+        "policy": IMPLS[name][2],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What both sides get: a model folder and packed rows
+
+
+def _model(config: BenchConfig, folder: Path) -> tuple[Path, str]:
+    """A Hugging Face folder with bf16 weights and a tokenizer, and what it is in words."""
+    if config.model:
+        if not (Path(config.model) / "config.json").is_file():
+            raise Refusal(f"--model {config.model}: found no config.json there; accepted: a Hugging Face model folder")
+        return Path(config.model).resolve(), f"weights of {Path(config.model).resolve().name}"
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    shape = TINY if config.quick else SMOLLM2_135M
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "model")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return folder / "model", f"random weights, {size:.1f}M parameters" + (
+        "" if config.quick else " (SmolLM2-135M's shape)"
+    )
+
+
+def _rows(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndarray], str]:
+    """One packed row a step as flat arrays: ids, labels (next token, -100 = not a target), document lengths."""
+    if config.data:
+        return _rows_of_traces(config, model)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(0)
+    length = min(config.document_tokens or config.tokens, config.tokens)
+    prompt = min(64, length // 4)
+    rows: dict[str, np.ndarray] = {}
+    frequency = 1.0 / (np.arange(3, vocabulary) + 10.0)
+    for step in range(config.steps):
+        lengths = [length] * (config.tokens // length) + ([config.tokens % length] if config.tokens % length else [])
+        ids = rng.choice(np.arange(3, vocabulary), size=config.tokens, p=frequency / frequency.sum())
+        labels = np.roll(ids, -1)
+        for end in np.cumsum(lengths):
+            labels[end - 1] = -100  # the next token belongs to the next document
+        for start, n in zip(np.cumsum([0, *lengths[:-1]]), lengths):
+            labels[start : start + min(prompt, n) - 1] = -100  # the prompt is not a target
+        rows |= {f"ids{step}": ids, f"labels{step}": labels, f"lengths{step}": np.array(lengths)}
+    return rows, f"generated tokens (frequency 1/(rank + 10)), documents of {length:,}, {prompt} of them prompt"
+
+
+def _rows_of_traces(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndarray], str]:
+    from longtrace.trainer.model import load_tokenizer
+    from longtrace.trainer.source import TraceSource
+    from longtrace.trainer.traces import load_traces
+
+    traces = load_traces(
+        config.data, load_tokenizer(str(model)), template="auto", max_tokens=config.tokens, on_too_long="split"
+    )
+    source = TraceSource(traces, np.arange(len(traces.lengths)), config.tokens, 1, 0)
+    rows: dict[str, np.ndarray] = {}
+    for step in range(config.steps):
+        batch = source.next()[0]
+        rows[f"ids{step}"], rows[f"labels{step}"] = batch.input_ids.numpy(), batch.labels.numpy()
+        rows[f"lengths{step}"] = np.diff(batch.cu_seqlens.numpy())
+    return rows, f"traces of {', '.join(Path(spec).name for spec in config.data)}, longer ones split"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The measuring processes. Each returns seconds per timed step, tokens per step, losses, and memory
+
+
+def _measured(marks: list[float], losses: list[float], tokens: int, floor: int, peak: int) -> dict:
+    """`marks`: the moments between steps, the first before step 1."""
+    seconds = [after - before for before, after in itertools.pairwise(marks)][1:]
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "losses": losses,
+        "floor_mb": floor / harness.MB,
+        "peak_mb": (peak - floor) / harness.MB,
+    }
+
+
+class _Done(Exception):
+    """All steps are made."""
+
+
+def ours(job: dict) -> dict:
+    """`longtrace.trainer.train.run` on the rows, one a step."""
+    import torch
+
+    from longtrace.trainer import train
+    from longtrace.trainer.config import SFTConfig
+    from longtrace.trainer.model import load_model
+    from longtrace.trainer.objectives import SFT
+    from longtrace.trainer.source import PackedBatch
+
+    floor = harness.peak_bytes()
+    rows = np.load(job["rows"])
+    marks, peaks = [], []
+    tokens = len(rows["ids0"])
+
+    class Replay:
+        """A Source of the given rows that notes the time between steps and stops after the last."""
+
+        progress, tokens_per_row = 0.0, tokens
+
+        def next(self) -> list[PackedBatch]:
+            marks.append(time.perf_counter())
+            peaks.append(harness.peak_bytes())
+            step = len(marks) - 1
+            if step == job["steps"]:
+                raise _Done  # before the run's closing checkpoint, which is not training (TRL's is off too)
+            ids, labels, lengths = (torch.from_numpy(rows[f"{name}{step}"]) for name in ("ids", "labels", "lengths"))
+            return [
+                PackedBatch(
+                    ids.long(),
+                    torch.cat([torch.arange(n) for n in lengths.tolist()]),
+                    torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]),
+                    int(lengths.max()),
+                    labels.long(),
+                    list(range(len(lengths))),
+                )
+            ]
+
+        def state_dict(self) -> dict:
+            return {}
+
+        def load_state_dict(self, state: dict) -> None:
+            pass
+
+    out = Path.cwd() / "out"
+    out.mkdir()
+    config = SFTConfig(
+        model=job["model"], data=[], out=out, max_tokens=tokens, tokens_per_row=tokens, tokens_per_step=tokens,
+        steps=job["steps"] + 1, lr=LR, schedule="constant", warmup=0, betas=BETAS, adam_eps=EPS, weight_decay=0.0,
+        clip=CLIP, dtype="bf16", activation_checkpointing="off", device="cpu", rope="none",
+    )  # fmt: skip
+    model = load_model(config)
+    with contextlib.suppress(_Done):
+        train.run(config, model, Replay(), SFT(), steps=config.steps, finish=lambda: None)
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return _measured(marks, losses, tokens, floor, peaks[-1])
+
+
+def trl(job: dict) -> dict:
+    """TRL's SFTTrainer on the rows, already packed and tokenised: padding-free, so documents stay apart."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    floor = harness.peak_bytes()
+    rows = np.load(job["rows"])
+    autocast = job["impl"] == "trl-autocast"
+    examples = []
+    for step in range(job["steps"]):
+        ids, labels = rows[f"ids{step}"], rows[f"labels{step}"]
+        own = np.concatenate([[-100], labels[:-1]])  # TRL shifts by itself: the label stands at its own token
+        examples.append(
+            {"input_ids": ids.tolist(), "labels": own.tolist(), "seq_lengths": rows[f"lengths{step}"].tolist()}
+        )
+    marks, peaks = [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **_):
+            marks.append(time.perf_counter())
+            peaks.append(harness.peak_bytes())
+
+    # use_cpu with bf16=True means autocast over fp32 weights; without it the weights' own bf16 is the compute dtype
+    arguments = SFTConfig(
+        output_dir=str(Path.cwd() / "out"), use_cpu=True, bf16=autocast, fp16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=job["steps"],
+        learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+        adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch_fused",
+        packing=False, padding_free=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential", dataloader_pin_memory=False, logging_steps=1, report_to="none",
+        save_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if autocast else torch.bfloat16)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return _measured(marks, losses, len(rows["ids0"]), floor, peaks[-1])
