@@ -109,13 +109,13 @@ class SFTConfig(TrainConfig):
     on_too_long: Literal["refuse", "skip", "split"] = "refuse"
     """What happens to a document above --max-tokens: stop, leave it out, or cut it into separate pieces."""
     template: str = "auto"
-    """auto = the model's own, refused if it loses the thought; model = the same unchecked; longtrace = one of ours; or a .jinja file."""
+    """auto = the model's own, or one of ours if it has none; model = its own only; longtrace = one that keeps the thought; or a .jinja file."""
     columns: list[str] = field(default_factory=list)
     """Renames fields of the rows: old=new."""
     allow: list[Literal["no-thought", "no-answer", "no-eos", "not-a-prefix"]] = field(default_factory=list)
     """Audit findings that do not stop the run."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read (counted and named) instead of stopping at the first."""
+    """Leave out rows that cannot be read or that the audit refuses (counted and named) instead of stopping at the first."""
 
 
 def to_yaml(config) -> str:

@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from longtrace import kernels as K
-from longtrace.kernels.selfcheck import self_check
 from rich.console import Console
 from rich.table import Table
+
+from longtrace import kernels as K
+from longtrace.kernels.selfcheck import self_check
 
 from .config import Refusal
 from .environment import cpu_features, cpu_name, memory_bytes, packages

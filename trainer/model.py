@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from longtrace import kernels as K
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from longtrace import kernels as K
 
 from .config import Refusal, TrainConfig
 from .rope import extend_rope

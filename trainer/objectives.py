@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+
 from longtrace import kernels as K
 
 from .model import Head

@@ -19,10 +19,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from longtrace import kernels as K
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longtrace import kernels as K
 
 from . import checkpoint, plan, report, traces
 from .config import Refusal, SFTConfig, TrainConfig, parse_columns, to_yaml
@@ -109,7 +110,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, masters: Masters) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, saved: dict[str, torch.Tensor]) -> None:
-    """Fills the state in place; one step at lr 0 on zero gradients first makes the optimizer allocate it."""
+    """Fills the state in place; one step at lr 0 on zero gradients makes the optimizer allocate it and moves nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -198,8 +199,8 @@ def run(
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        restore_optimizer(optimizer, masters, parts["optimizer"])
         masters.load(parts["model"])
+        restore_optimizer(optimizer, masters, parts["optimizer"])
         checkpoint.set_rng_state(saved["rng"])
         step, best = saved["step"], saved["best"]
         console.print(
@@ -394,6 +395,7 @@ def sft(config: SFTConfig) -> RunResult | None:
         return None
 
     template = traces.chat_template(model.tokenizer, config.template)
+    _stop_at(model, [*data.audit.ends])
     _open_run(config, data)
 
     def finish() -> None:
@@ -412,9 +414,20 @@ def sft(config: SFTConfig) -> RunResult | None:
         flops_per_token=estimate.flops_per_token,
         peak_flops=estimate.peak_flops,
     )
-    page = report.sft_report(config.out)
+    page = report.sft_report(config.out, lengths=lengths)
     console.print(f"model and tokenizer in {escape(str(config.out))}; the run's story in {escape(str(page))}")
     return result
+
+
+def _stop_at(model: Model, ends: list[str]) -> None:
+    """Generation stops at the tokens the trained turns end in; the model's own list may lack a template's."""
+    generation = model.base.generation_config
+    stops = generation.eos_token_id if generation.eos_token_id is not None else []
+    stops = list(stops) if isinstance(stops, (list, tuple)) else [stops]
+    learned = [model.tokenizer.convert_tokens_to_ids(token) for token in ends if token != "nothing"]
+    new = [token for token in learned if token not in stops]
+    if new:
+        generation.eos_token_id = [*stops, *new]
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 import pytest
+
 from longtrace.trainer import cli
 from longtrace.trainer.config import SFTConfig, TrainConfig, to_yaml
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from longtrace import kernels as K
 from longtrace.trainer.model import Masters, Model
 from longtrace.trainer.objectives import SFT

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+
 from longtrace.trainer import checkpoint
 from longtrace.trainer.config import Refusal, SFTConfig, TrainConfig
 from longtrace.trainer.train import NonFinite, lr_at, sft
@@ -205,3 +206,11 @@ def test_attention_dropout_is_refused(tiny_model, chain_data, tmp_path):
 def test_rope_none_refuses(tiny_model, chain_data, tmp_path):
     with pytest.raises(Refusal, match="window of 128"):
         sft(config(tiny_model("llama", max_position_embeddings=128), chain_data, tmp_path / "run", rope="none"))
+
+
+def test_generation_stops_where_the_trained_turns_end(tiny_model, chain_data, tmp_path):
+    from transformers import GenerationConfig
+
+    base = tiny_model("llama", eos_token_id=7)
+    sft(config(base, chain_data, tmp_path / "run", steps=1))
+    assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [7, 2]
