@@ -55,7 +55,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict,
         raise ValueError(f"state says step {state['step']}, saved as step {step}")
     folder = Path(folder)
     _make_folder(folder)
-    _recover(folder)
+    tidy(folder)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     try:
@@ -86,6 +86,19 @@ def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`, or None. Reads names only: `load` verifies."""
     steps = _steps(Path(folder))
     return steps[max(steps)] if steps else None
+
+
+def tidy(folder: Path) -> None:
+    """Puts back a checkpoint whose replacement died between two renames, and removes what other dead saves left.
+
+    For the one process that writes to `folder`: it would remove what another is writing. Every save does it first.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        final = folder / entry.name[1:].split(".")[0]
+        if _OLD.fullmatch(entry.name) and not final.exists():
+            _rename(entry, final)
+        elif _OLD.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
+            _remove(entry)
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -173,16 +186,6 @@ def _steps(folder: Path) -> dict[int, Path]:
     entries = list(folder.iterdir())
     old = {int(m[1]): p for p in entries if (m := _OLD.fullmatch(p.name))}
     return old | {int(m[1]): p for p in entries if (m := _FINAL.fullmatch(p.name))}
-
-
-def _recover(folder: Path) -> None:
-    """Puts back a checkpoint whose replacement died between two renames, and removes what other dead saves left."""
-    for entry in sorted(folder.iterdir()):
-        final = folder / entry.name[1:].split(".")[0]
-        if _OLD.fullmatch(entry.name) and not final.exists():
-            _rename(entry, final)
-        elif _OLD.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
-            _remove(entry)
 
 
 # ---- random number generators ----------------------------------------------------------------------------------------

@@ -190,6 +190,7 @@ def run(
         checkpoint.save(out / "checkpoints", boundary["step"], tensors, boundary, keep_last=config.keep_last)
 
     # ---- resume -------------------------------------------------------------------------------------------------------
+    checkpoint.tidy(out / "checkpoints")
     resumed = checkpoint.latest(out / "checkpoints") if config.resume == "auto" else Path(config.resume or ".")
     if config.resume and resumed:
         tensors, saved = checkpoint.load(resumed)

@@ -193,7 +193,7 @@ def lighten() -> None:
 
     known.real = estimate
     plan.estimate = known
-    report.sft_report = lambda out: out / "report.html"
+    report.sft_report = lambda out, **_: out / "report.html"
 
 
 # ---- the server ---------------------------------------------------------------------------------------------------------

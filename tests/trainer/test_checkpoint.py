@@ -121,6 +121,19 @@ def test_latest_is_by_number_and_reads_nothing_else(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step-100000000"
 
 
+def test_tidy_removes_leftovers_and_puts_back_what_a_dead_replacement_hid(tmp_path, seed):
+    checkpoint.tidy(tmp_path / "absent")
+    for step in (4, 6):
+        checkpoint.save(tmp_path, step, *content(), keep_last=2)
+    (tmp_path / "step-00000006").rename(tmp_path / ".step-00000006.old-17")
+    (tmp_path / ".step-00000008.tmp-17").mkdir()
+    (tmp_path / ".step-00000004.old-17").mkdir()
+    assert checkpoint.latest(tmp_path).name == ".step-00000006.old-17"  # found even before
+    checkpoint.tidy(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000006"]
+    checkpoint.load(checkpoint.latest(tmp_path))
+
+
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(Refusal, match="keep_last: found 0"):
         checkpoint.save(tmp_path, 1, *content(), keep_last=0)
