@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longtrace.kernels.head import backend
 from longtrace.kernels.head.epilogue import RowStats
@@ -60,6 +59,7 @@ class _Pass:
         self.wide_bias = None if bias is None else bias.to(self.dtype)
         self.V, self.H, self.T = V, H, T
         self.d_input = self.d_weight = self.d_bias = None
+        self.added = False
 
     def stats(self) -> dict[str, int]:
         rows = self.kept.numel()
@@ -73,7 +73,8 @@ class _Pass:
         if d_input:
             self.d_input = self.input.new_zeros(self.T, self.H, dtype=self.dtype)
         if d_weight:
-            self.d_weight = self.input.new_zeros(self.V, self.H, dtype=self.dtype)
+            new = self.input.new_empty if self.kept.numel() else self.input.new_zeros  # the first chunk overwrites
+            self.d_weight = new(self.V, self.H, dtype=self.dtype)
         if d_bias:
             self.d_bias = self.input.new_zeros(self.V, dtype=self.dtype)
 
@@ -112,7 +113,8 @@ class _Pass:
             self.gemm.dh(chunk.logits, dh)
             self.d_input[chunk.index] = dh[: chunk.index.numel()]
         if self.d_weight is not None:
-            self.gemm.dw_(self.d_weight, chunk.logits, chunk.h)
+            self.gemm.dw_(self.d_weight, chunk.logits, chunk.h, first=not self.added)
+            self.added = True
 
 
 def _smooth_sum(logits: Tensor, stats: RowStats, class_weight: Tensor | None) -> Tensor:
@@ -162,22 +164,39 @@ class WeightedLoss(torch.autograd.Function):
                     s = None if not eps else _smooth_rows(c * (eps / V), class_weight)
                     walk.backward(chunk, stats, a, b, None, s)
         ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
-        ctx.dtypes = input.dtype
+        ctx.dtype = input.dtype
         ctx.set_materialize_grads(False)
         outputs = (total.to(walk.dtype), log_prob, entropy, lse)
         ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
         return (*outputs, walk.stats())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
+        _refuse_double_backward()
         grads = []
         for saved in ctx.saved_tensors:  # scaled out of place (the graph may be used again) and rounded once
             if saved is None or upstream is None:
                 grads.append(None)
             else:
-                grads.append(torch.mul(saved, upstream, out=torch.empty_like(saved, dtype=ctx.dtypes)))
+                grads.append(_scaled(saved, upstream, ctx.dtype))
         return (*grads, None, None, None, None, None)
+
+
+def _refuse_double_backward() -> None:
+    """Raise under create_graph=True; torch's once_differentiable would let a gradient penalty pass as a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("longtrace head ops are differentiable once: create_graph=True is not supported")
+
+
+def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * upstream in `dtype`, multiplied in saved's own dtype and rounded once; slices keep temporaries small."""
+    if saved.dtype == dtype:
+        return saved * upstream
+    out = torch.empty_like(saved, dtype=dtype)
+    step = max(1, 2**20 // max(1, saved[:1].numel()))
+    for i in range(0, saved.shape[0], step):
+        out[i : i + step] = saved[i : i + step] * upstream
+    return out
 
 
 def _smooth_rows(per_row: Tensor, class_weight: Tensor | None) -> Tensor:
@@ -211,8 +230,8 @@ class TokenValues(torch.autograd.Function):
         return log_prob, entropy, maximum + log_sum, smooth, walk.stats()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_log_prob, g_entropy, g_lse, g_smooth, _):
+        _refuse_double_backward()
         input, weight, bias, target, class_weight, maximum, log_sum, entropy = ctx.saved_tensors
         loss = ctx.loss
         upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]

@@ -61,13 +61,15 @@ class HeadGemm:
             for i in range(0, dz.shape[0], self.block):
                 self._mm(dz[i : i + self.block], self.weight, out[i : i + self.block])
 
-    def dw_(self, accumulator: Tensor, dz: Tensor, h: Tensor) -> None:
-        """accumulator (V, H) += dz^T h, accumulated in fp32 (fp64 for fp64)."""
+    def dw_(self, accumulator: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
+        """accumulator (V, H) += dz^T h in fp32 (fp64 for fp64); the first product overwrites what was there."""
+        beta = 0.0 if first else 1.0
         if self.narrow:
-            torch.addmm(accumulator, dz.to(h.dtype).t(), h, out_dtype=self.accumulate, out=accumulator)
+            dz = dz.to(h.dtype)
+            torch.addmm(accumulator, dz.t(), h, beta=beta, out_dtype=self.accumulate, out=accumulator)
             return
         with bf16_dot_products(self.fast):
-            accumulator.addmm_(dz.t(), h)
+            accumulator.addmm_(dz.t(), h, beta=beta)
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if self.narrow:
