@@ -60,12 +60,11 @@ def export(config: ExportConfig) -> Path:
     del model
     reloaded = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)
     difference = _compare(_logits(reloaded), expected, 1e-5, f"{to}: reloading")
-    console.print(f"{source} -> {to}, {config.dtype}, {sum(p.numel() for p in reloaded.parameters()):,} parameters")
-    for name in names:
-        console.print(f"  {(to / name).stat().st_size:>14,} bytes  {name}", highlight=False)
-    console.print(
-        f"reloaded with AutoModelForCausalLM; largest difference of a logit: {difference:.1e}", highlight=False
-    )
+    parameters = sum(p.numel() for p in reloaded.parameters())
+    lines = [f"{source} -> {to}, {config.dtype}, {parameters:,} parameters"]
+    lines += [f"  {(to / name).stat().st_size:>14,} bytes  {name}" for name in names]
+    lines += [f"reloaded with AutoModelForCausalLM; largest difference of a logit: {difference:.1e}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return to
 
 
