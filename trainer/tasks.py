@@ -144,8 +144,9 @@ def final_answer(completion: str) -> str | None:
 
     A completion that never opens a thought is read whole. Linear in the length of the text.
     """
-    _, closed, text = completion.rpartition("</think>")
-    if "<think>" in (text if closed else completion):
+    _, closed, rest = completion.partition("</think>")  # the first, where reasoning parsers of servers split
+    text = rest if closed else completion
+    if "<think>" in text:
         return None
     start = text.rfind("\\boxed{")
     if start < 0:
