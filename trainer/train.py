@@ -265,6 +265,7 @@ def run(
             if config.clip and grad_norm > config.clip:
                 torch._foreach_mul_(gradients, config.clip / grad_norm)
             optimizer.step()
+            del gradients  # else this list keeps 4 bytes a parameter alive through the next forward
             masters.zero_grad()
             masters.publish()
             step += 1
