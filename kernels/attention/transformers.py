@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,31 @@ def register_attention() -> str:
     return NAME
 
 
+# The mask functions of transformers.masking_utils that packed attention expresses without a mask.
+SERVED = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+    "and_masks",
+}
+
+
+def _parts(mask_function: Callable) -> set[str]:
+    """The names of the functions a composed mask function was made by: "and_masks", "sliding_window_overlay", ..."""
+    found, todo = set(), [mask_function]
+    while todo:
+        function = todo.pop()
+        found.add(function.__qualname__.split(".")[0])
+        for cell in function.__closure__ or ():
+            inside = cell.cell_contents
+            todo += [f for f in (inside if isinstance(inside, (tuple, list)) else [inside]) if callable(f)]
+    return found
+
+
 def no_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask: Tensor | None = None, **kwargs
+    batch_size, q_length, kv_length, mask_function, q_offset=0, kv_offset=0, attention_mask=None, **kwargs
 ) -> None:
     """The mask of packed attention: none. Raises ValueError for what needs one: padding, static caches, overlays."""
     if attention_mask is not None and not bool(attention_mask.all()):
@@ -39,10 +64,10 @@ def no_mask(
             f'attn_implementation="{NAME}" takes dynamic caches: {kv_length} keys for queries up to '
             f'{int(q_offset) + q_length}; use attn_implementation="sdpa" with a static cache'
         )
-    if kwargs.get("use_vmap"):
+    if foreign := _parts(mask_function) - SERVED:
         raise ValueError(
-            f'attn_implementation="{NAME}" takes causal, full and sliding-window attention; this model overlays '
-            'another mask: use attn_implementation="sdpa"'
+            f'attn_implementation="{NAME}" takes causal, full and causal sliding-window attention; this model also asks '
+            f'for {", ".join(sorted(foreign))}: use attn_implementation="sdpa"'
         )
     return None
 
@@ -99,7 +124,9 @@ def attention_forward(
         rows = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
         cu, longest, cu_k, longest_k = rows * q_len, q_len, rows * k_len, k_len
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
+    if sliding_window is not None and not causal:
+        raise ValueError(f'attn_implementation="{NAME}" has causal windows only; use attn_implementation="sdpa"')
+    window = None if sliding_window is None else (sliding_window - 1, 0)
     out = varlen_attention(
         q, k, v, cu, longest, cu_seqlens_k=cu_k, max_seqlen_k=longest_k,
         causal=causal, scale=scaling, window=window, softcap=softcap, sinks=s_aux,

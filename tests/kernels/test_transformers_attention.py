@@ -103,6 +103,16 @@ def test_what_needs_a_mask_is_refused():
         model(input_ids=ids)
 
 
+def test_chunked_attention_is_refused_not_widened():
+    sizes = SIZES | dict(
+        intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=4, no_rope_layers=[1, 1, 1]
+    )
+    config = transformers.Llama4TextConfig(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longtrace")
+    with pytest.raises(ValueError, match="chunked_overlay"):
+        model(input_ids=torch.arange(12)[None])
+
+
 def test_batches_without_padding_are_rows_of_their_own():
     model = build("llama")
     ids = torch.randint(0, 97, (3, 8), generator=torch.Generator().manual_seed(4))
