@@ -397,6 +397,8 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
 
 
 def _gb(size: float) -> str:
+    if size < 0.1 * GB:
+        return f"{size / 1e6:.3g} MB"
     return f"{size / GB:.2f} GB" if size < 10 * GB else f"{size / GB:.1f} GB"
 
 

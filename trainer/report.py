@@ -16,11 +16,12 @@ from pathlib import Path
 
 import matplotlib
 import yaml
-from longtrace.trainer.config import SFTConfig
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from longtrace.trainer.config import SFTConfig
 
 # Colours to draw with: placeholders that become CSS variables in the page, so one picture serves both themes.
 INK, MUTED, GRID, SURFACE, BLUE, ORANGE, GREEN, RED = (f"#{digit}0{digit}0{digit}0" for digit in "12345678")
@@ -84,15 +85,16 @@ def paragraph(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; numbers are set right-aligned. Columns that do not fit scroll inside the table, never the page."""
+    """A table; columns of numbers are set right-aligned. Columns that do not fit scroll inside the table, never the page."""
 
-    def cell(value: object) -> str:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        text = number_text(value) if number else str(value)
-        return f"<td{' class=n' if number or _looks_numeric(text) else ''}>{escape(text)}</td>"
+    def cell(value: object, right: bool) -> str:
+        text = number_text(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+        return f"<td{' class=n' if right else ''}>{escape(text)}</td>"
 
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
+    rows = [list(row) for row in rows]
+    right = [all(_is_number(row[i]) or row[i] == "" for row in rows) and bool(rows) for i in range(len(columns))]
+    head = "".join(f"<th{' class=n' if r else ''}>{escape(column)}</th>" for column, r in zip(columns, right))
+    body = "".join(f"<tr>{''.join(map(cell, row, right))}</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -268,8 +270,8 @@ def duration_text(seconds: float) -> str:
     return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
 
 
-def _looks_numeric(text: str) -> bool:
-    return bool(re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?", text))
+def _is_number(value: object) -> bool:
+    return bool(re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?|nan|inf", str(value)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,8 +398,8 @@ def _curve(ax: Axes, x: list[float], y: list[float], colour: str, *, smooth: boo
     """A line; with few points their markers, with many noisy ones a running mean over a faint line."""
     if smooth and len(y) >= 40:
         ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
-        window = max(5, len(y) // 25)
-        mean = [statistics.fmean(y[max(0, i - window + 1) : i + 1]) for i in range(len(y))]
+        half = max(2, len(y) // 50)
+        mean = [statistics.fmean(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
         ax.plot(x, mean, color=colour, label=label or None)
     else:
         ax.plot(x, y, color=colour, marker="o" if len(y) < 25 else None, markersize=3.5, label=label or None)
@@ -479,7 +481,8 @@ def _data(steps: list[dict], lengths: Sequence[int] | None, audit: dict) -> str:
             ax.hist(values, bins=min(40, max(8, len(values) // 4)), color=BLUE, rwidth=0.92)
             ax.set_xlabel("tokens in the document")
             ax.set_ylabel("documents")
-            ax.set_xlim(left=0)
+            if values[0] < values[-1] / 2:
+                ax.set_xlim(left=0)
             ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
@@ -495,10 +498,48 @@ def _data(steps: list[dict], lengths: Sequence[int] | None, audit: dict) -> str:
 
         pictures.append(chart(draw_fill, title="Packing fill", caption="Share of each packed row that is tokens."))
     body = side_by_side(*pictures) if pictures else ""
-    findings = _flat({key: value for key, value in audit.items() if key != "lengths"})
-    if findings:
-        body += "<h3>Audit</h3>" + table(["check", "result"], findings)
+    if audit:
+        body += "<h3>Audit</h3>" + _audit(audit)
     return body
+
+
+def _audit(audit: dict) -> str:
+    """What became of every row and token, and the checks; the dictionary of `audit.Audit.as_dict`."""
+    if not isinstance(audit.get("checks"), dict) or "rows_read" not in audit:
+        return table(["check", "result"], _flat({key: value for key, value in audit.items() if key != "lengths"}))
+    rows_read, tokens_read = audit["rows_read"], audit.get("tokens_read", 0)
+    handled = {"refuse": "refused", "skip": "skipped", "split": "split"}.get(audit.get("on_too_long"), "")
+
+    def line(name: str, rows: str = "", tokens: str = "") -> list[object]:
+        counts = [(audit.get(rows), rows_read), (audit.get(tokens), tokens_read)]
+        shares = [[n, f"{100 * n / of:.1f} %" if of else ""] if n is not None else ["", ""] for n, of in counts]
+        return [name, *shares[0], *shares[1]]
+
+    funnel = [
+        line("read", "rows_read", "tokens_read"),
+        line(f"over {audit.get('max_tokens', 0):,} tokens, {handled}", "rows_too_long", "tokens_too_long"),
+        *([line("unreadable, left out", "rows_unreadable")] if audit.get("rows_unreadable") else []),
+        *([line("failing a check, left out", "rows_left_out")] if audit.get("rows_left_out") else []),
+        line("whole traces kept", "rows_whole"),
+        line("kept", "", "tokens_kept"),
+        line("dropped", "", "tokens_dropped"),
+        line("in the loss", "", "tokens_supervised"),
+    ]
+    checks = []
+    for check in audit["checks"].values():
+        failed = check["kind"] and check["passed"] < check["applies"]
+        allowed = ", allowed" if check["kind"] in audit.get("allow", []) else ""
+        verdict = f"{check['kind']}{allowed}" if failed else ("ok" if check["kind"] and check["applies"] else "")
+        checks.append([check["name"], check["passed"], check["applies"], verdict])
+    said = [f"Template: {audit.get('template', '')}", *audit.get("notes", [])]
+    said += [
+        f"First: {audit[key]}" for key in ("first_unreadable", "first_too_long", "first_left_out") if audit.get(key)
+    ]
+    return (
+        table(["", "rows", "", "tokens", ""], funnel)
+        + table(["check", "rows", "of", ""], checks)
+        + "".join(f"<p class=caption>{escape(str(text))}</p>" for text in said)
+    )
 
 
 def _flat(value: dict, prefix: str = "") -> list[tuple[str, object]]:
@@ -567,12 +608,13 @@ figure>div{overflow-x:auto}
 .wide svg{min-width:560px}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;margin-bottom:14px}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th{text-align:left;color:var(--muted);font-weight:600;white-space:nowrap}
 th,td{padding:6px 16px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 tbody tr:last-child td{border-bottom:0}
-td.n{white-space:nowrap}
+td.n{white-space:nowrap;text-align:right}
+th.n{text-align:right}
 td{min-width:5em}
 .config{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:0 28px;margin:0;
 font-size:14px}

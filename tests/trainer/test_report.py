@@ -84,6 +84,36 @@ def test_a_run_of_any_length_makes_a_whole_page(tmp_path, steps):
             assert number in page.text, f"{number} is not in the page"
 
 
+def test_the_audit_is_told_as_a_funnel_and_checks(tmp_path):
+    out = run_folder(tmp_path, 2)
+    checks = {
+        "kept": {"name": "the thought is kept", "kind": "no-thought", "passed": 60, "applies": 60},
+        "eos": {"name": "the end token is there", "kind": "no-eos", "passed": 40, "applies": 60},
+    }
+    audit = {
+        "rows_read": 80, "tokens_read": 1000, "max_tokens": 16384, "on_too_long": "skip", "rows_too_long": 20,
+        "tokens_too_long": 400, "rows_whole": 60, "tokens_kept": 600, "tokens_dropped": 400, "tokens_supervised": 540,
+        "template": "longtrace", "allow": ["no-eos"], "checks": checks, "notes": [EVIL],
+    }  # fmt: skip
+    (out / "audit.json").write_text(json.dumps(audit))
+    text = Page(report.sft_report(out).read_text()).text
+    for words in (
+        "over 16,384 tokens, skipped",
+        "25.0 %",
+        "40.0 %",
+        "54.0 %",
+        "no-eos, allowed",
+        "Template: longtrace",
+        EVIL,
+    ):
+        assert words in text, words
+
+
+def test_columns_of_numbers_stand_right():
+    html = report.table(["a", "b", "c"], [["x", 1, "5 %"], ["y", 20, ""]])
+    assert html.count("<th class=n>") == 2 and html.count("<td class=n>") == 4
+
+
 def test_missing_files_are_left_out(tmp_path):
     page = Page(report.sft_report(tmp_path).read_text())
     assert "No step has finished yet." in page.text

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+
 from longtrace.trainer.config import Refusal
 from longtrace.trainer.trackers import tracker
 
