@@ -259,11 +259,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def result_table(name: str, result: dict[str, Any]) -> Table:
     """One model's result as a small table."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("model", "solved", "95 % interval", "problems", "cut off", "tokens each", "tokens/s"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
+    table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0), title=escape(name), title_justify="left")
+    for column in ("solved", "95 % interval", "problems", "cut off", "tokens each", "tokens/s"):
+        table.add_column(column, justify="right")
     table.add_row(
-        escape(name),
         f"{result['solved_rate']:.1%}",
         f"{result['ci_low']:.1%} to {result['ci_high']:.1%}",
         str(result["n"]),
