@@ -5,24 +5,26 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
-def _load() -> tuple[bool, str]:
-    spec = find_spec("longtrace.kernels._C")
-    if spec is None or not spec.origin:
+
+def _load(library: Path) -> tuple[bool, str]:
+    """Whether the ops are registered now, and why not."""
+    if not library.exists():
         return False, "longtrace.kernels._C was not built (no compiler, or no torch at build time: docs/install.md)"
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(library)
         torch.ops.longtrace.softmax_stats  # noqa: B018  (raises AttributeError if the library is not ours)
     except (OSError, AttributeError, RuntimeError) as error:
         return False, f"longtrace.kernels._C does not load: {str(error).splitlines()[0]}"
-    return True, f"longtrace.kernels._C ({spec.origin})"
+    return True, f"longtrace.kernels._C ({library})"
 
 
-LOADED, WHY = _load()
+LOADED, WHY = _load(LIBRARY)
 
 if LOADED:
 

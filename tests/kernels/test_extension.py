@@ -148,28 +148,28 @@ def test_narrower_instruction_sets(capability):
     assert f"_C, {capability}" in out and "bad []" in out, out
 
 
-def test_without_the_extensions_everything_runs_in_pytorch(tmp_path):
-    broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"not a library")
-    code = f"""
-import importlib.util, sys
-from importlib.machinery import ModuleSpec
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: (
-    ModuleSpec(name, None, origin={str(broken)!r}) if name == "longtrace.kernels._C" else find(name, *a))
+def test_without_the_extensions_everything_runs_in_pytorch():
+    code = """
+import sys, torch
+def load_library(path):
+    raise OSError("cannot open shared object file")
+torch.ops.load_library = load_library
 sys.modules["longtrace.kernels._pack"] = None
 """
     out = run(code + CHECK)
     assert "bad []" in out, out
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
-    assert "Python" in lines["pack"]
-    assert "PyTorch" in lines["head softmax"] and "_C does not load: " in lines["head softmax"]
+    assert "Python" in lines["pack"] and "PyTorch" in lines["head softmax"]
+    if extension.LIBRARY.exists():
+        assert "_C does not load: cannot open" in lines["head softmax"]
 
 
-def test_an_extension_that_was_not_built_says_so(monkeypatch):
-    monkeypatch.setattr(extension, "find_spec", lambda name: None)
-    loaded, why = extension._load()
+def test_a_missing_or_broken_library_is_one_line(tmp_path):
+    loaded, why = extension._load(tmp_path / "_C.abi3.so")
     assert not loaded and "was not built" in why
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    loaded, why = extension._load(tmp_path / "_C.abi3.so")
+    assert not loaded and "does not load" in why and len(why.splitlines()) == 1
 
 
 def test_self_check_passes_here():
