@@ -411,9 +411,10 @@ def _seconds(seconds: float) -> str:
 def _against(peak: float, device: torch.device) -> str:
     """What the device has, and a warning when the peak does not fit."""
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
+    more = "" if device.type == "cuda" else ", plus what the allocator holds back (up to a quarter more)"
     if not has:
-        return ""
-    return f" of {_gb(has)}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
+        return more
+    return f" of {_gb(has)}{more}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
 
 
 def gpu_fit(hf: PretrainedConfig, config: TrainConfig, gigabytes: Sequence[int] = (24, 40, 80)) -> list[dict]:
