@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, traces
 from .config import Refusal, TrainConfig
-from .model import DTYPES, load_model
+from .model import DTYPES, load_model, load_tokenizer, load_trained
 
 console = Console()
 
@@ -75,24 +74,8 @@ def _from_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str,
         newest = checkpoint.latest(run / "checkpoints")
         advice = f"pass --checkpoint latest for {newest.name}" if newest else "and no checkpoints"
         raise Refusal(f"--run {run}: no finished model there (config.json or adapter_config.json); {advice}")
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    template = tokenizer.chat_template or ""
-    if not adapter.exists():
-        return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32), tokenizer, template, str(run)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise Refusal("merging adapters needs peft: pip install 'longtrace[lora]'") from error
-    base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
-    try:
-        # a config.json beside adapters says that the run extended the base's context
-        hf_config = AutoConfig.from_pretrained(run if (run / "config.json").exists() else base)
-        model = AutoModelForCausalLM.from_pretrained(base, config=hf_config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise Refusal(
-            f"{adapter}: base_model_name_or_path: cannot load {base}: {str(error).splitlines()[0]}"
-        ) from error
-    return PeftModel.from_pretrained(model, run), tokenizer, template, f"{run} on {base}"
+    model, tokenizer = load_trained(str(run), torch.float32), load_tokenizer(str(run))
+    return model, tokenizer, tokenizer.chat_template or "", str(run)
 
 
 def _from_checkpoint(run: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, str]:

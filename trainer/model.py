@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,16 +108,28 @@ def load_model(config: TrainConfig) -> Model:
     return Model(hf, tokenizer, config.model, bool(config.lora_rank), rope)
 
 
-def load_for_generation(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (merged, if the folder holds a LoRA adapter) and tokenizer, ready for `generate`."""
-    tokenizer = load_tokenizer(source)
-    with _refusing(source, "model"):
-        if (Path(source) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
+def load_trained(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a folder or hub name; for a folder of LoRA adapters, its base with the adapters on (unmerged)."""
+    adapter = Path(source) / "adapter_config.json"
+    if not adapter.exists():
+        with _refusing(source, "model"):
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise Refusal(f"{source} holds LoRA adapters and needs peft: pip install 'longtrace[lora]'") from error
+    base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+    with _refusing(base, f"base model of {source}"):
+        # a config.json beside adapters says that the run extended the base's context
+        hf_config = AutoConfig.from_pretrained(source if (Path(source) / "config.json").exists() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, config=hf_config, dtype=dtype)
+    return PeftModel.from_pretrained(model, source)
 
-            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto").merge_and_unload()
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+
+def load_for_generation(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (merged, if the folder holds LoRA adapters) and tokenizer, ready for `generate`."""
+    tokenizer, model = load_tokenizer(source), load_trained(source)
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return model.to(device).eval(), tokenizer
 
 

@@ -202,6 +202,7 @@ def run(
             parts[part][rest] = tensor
         masters.load(parts["model"])
         restore_optimizer(optimizer, masters, parts["optimizer"])
+        del tensors, parts  # memory-mapped: they would keep a removed checkpoint's disk space
         checkpoint.set_rng_state(saved["rng"])
         step, best = saved["step"], saved["best"]
         console.print(
@@ -446,6 +447,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise Refusal(
             f"--warmup {config.warmup} and --min-lr-ratio {config.min_lr_ratio} must be >= 0, the latter <= 1"
         )
+    if config.out.resolve() == Path(config.model).resolve():
+        raise Refusal(f"--out {config.out} is the --model folder: the run would overwrite the weights it starts from")
     if (config.out / "checkpoints").exists() and not config.resume and not config.plan:
         raise Refusal(f"{config.out} already holds a run: pass --resume auto to go on with it, or another --out")
     return config

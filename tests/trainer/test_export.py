@@ -222,7 +222,7 @@ def test_a_missing_base_is_named(adapter, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    assert "base_model_name_or_path: cannot load" in refused(run=folder, to=tmp_path / "to")
+    assert "cannot load the base model of" in refused(run=folder, to=tmp_path / "to")
 
 
 def test_weights_of_another_model_are_refused(tiny_model, tmp_path):

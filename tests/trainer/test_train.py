@@ -214,3 +214,17 @@ def test_generation_stops_where_the_trained_turns_end(tiny_model, chain_data, tm
     base = tiny_model("llama", eos_token_id=7)
     sft(config(base, chain_data, tmp_path / "run", steps=1))
     assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [7, 2]
+
+
+def test_adapters_of_an_extended_context_generate_on_it(tiny_model, chain_data, tmp_path):
+    from longtrace.trainer.model import load_for_generation
+
+    base = tiny_model("llama", max_position_embeddings=128)
+    sft(config(base, chain_data, tmp_path / "run", lora_rank=2, steps=1))
+    model, _ = load_for_generation(str(tmp_path / "run"), torch.device("cpu"))
+    assert model.config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_the_model_folder_is_not_written_over(tiny_model, chain_data):
+    with pytest.raises(Refusal, match="--model folder"):
+        sft(config(tiny_model("llama"), chain_data, tiny_model("llama")))
