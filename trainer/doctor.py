@@ -65,7 +65,7 @@ def doctor(config: DoctorConfig) -> None:
         console.print("\n".join(missing), highlight=False)
     wrong = [op for op, _, _, good in results if not good]
     if wrong:
-        raise Refusal(f"self-check failed: {', '.join(wrong)}; set LONGTRACE_BACKEND=reference and report this output")
+        raise Refusal(f"self-check failed: {', '.join(wrong)}; LONGTRACE_BUILD=0 pip install --force-reinstall runs without the extension; please report this output")
 
 
 def _accelerator() -> str:
