@@ -10,6 +10,9 @@ from longtrace.kernels.head import epilogue
 from longtrace.kernels.head.epilogue import RowStats
 
 
+BLAS = "fp32 and fp64 by BLAS (bitwise at a fixed number of threads)"
+
+
 def _cpp(logits: Tensor) -> bool:
     return extension.LOADED and logits.device.type == "cpu" and logits.dtype == torch.float32
 
@@ -36,8 +39,8 @@ def gemm_backend(device: str) -> tuple[str, str]:
     if device == "cuda":
         return "cuBLAS", "bf16 operands, fp32 accumulation and results; fp32 and fp64 in their own precision"
     if torch.backends.mkldnn.is_available():
-        return "torch.mm", "bf16 by oneDNN's bf16 dot products with fp32 results; fp16 as fp32; fp32 and fp64 by BLAS"
-    return "torch.mm", "bf16 and fp16 as fp32: this torch has no oneDNN; fp32 and fp64 by BLAS"
+        return "torch.mm", f"bf16 by oneDNN's bf16 dot products with fp32 results; fp16 as fp32; {BLAS}"
+    return "torch.mm", f"bf16 and fp16 as fp32: this torch has no oneDNN; {BLAS}"
 
 
 def softmax_backend(device: str) -> tuple[str, str]:
