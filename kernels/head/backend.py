@@ -9,7 +9,6 @@ from longtrace.kernels import extension
 from longtrace.kernels.head import epilogue
 from longtrace.kernels.head.epilogue import RowStats
 
-
 BLAS = "fp32 and fp64 by BLAS (bitwise at a fixed number of threads)"
 
 

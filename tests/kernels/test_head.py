@@ -275,6 +275,22 @@ def test_a_row_does_not_depend_on_its_neighbours_bitwise(dtype, shape):
         assert torch.equal(grad, packed_grad[rows])
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_bitwise_repeatable_and_for_any_number_of_threads(dtype):
+    input, weight, _, target, c = make(300, 64, 3000, dtype, bias=False, spread=0.05)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            loss, rows = K.linear_weighted_nll(input, weight, target, c, budget_mb=1.5)
+            results.append((loss.detach(), rows.log_prob, *torch.autograd.grad(loss, (weight, input))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1]))
+    if dtype == torch.bfloat16:  # MKL splits fp32 sums by threads, as explain() says
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
+
+
 def test_rows_without_weight_leave_before_the_gemm():
     input, weight, _, target, c = make(60, 8, 30, torch.float32, bias=False)
     live = (c != 0) & (target != -100)

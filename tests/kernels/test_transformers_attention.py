@@ -35,6 +35,7 @@ def registered():
 def everything_in_double(monkeypatch):
     """transformers upcasts softmax, norms and rotary angles to fp32; in a float64 comparison that is rounding down."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
