@@ -304,7 +304,7 @@ def ours(job: dict) -> dict:
     )  # fmt: skip
     model = load_model(config)
     with contextlib.suppress(_Done):
-        train.run(config, model, Replay(), SFT(), steps=config.steps, finish=lambda: None)
+        train.run(config, model, Replay(), SFT(), steps=config.steps, begin=lambda: None, finish=lambda: None)
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     return _measured(marks, losses, tokens, floor, peaks[-1])
 

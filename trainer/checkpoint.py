@@ -358,9 +358,12 @@ def _save_pretrained(model, folder: Path, dtype: torch.dtype) -> None:
             cast[key] = tensor.detach().to("cpu", dtype)
         return cast[key]
 
-    state = {name: to(tensor) for name, tensor in model.state_dict().items()}
-    if hasattr(model, "peft_config"):
+    adapters = hasattr(model, "peft_config")
+    # of a LoRA model only the adapters are written: the base need not be copied off its device
+    state = {n: to(tensor) for n, tensor in model.state_dict().items() if not adapters or "lora_" in n}
+    if adapters:
         model.save_pretrained(folder, state_dict=state)
+        model.get_base_model().generation_config.save_pretrained(folder)  # where trained turns end
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         base = model.get_base_model().config
         if not _same_context(base, next(iter(model.peft_config.values())).base_model_name_or_path):

@@ -39,6 +39,7 @@ def parse(name: str, config_class: type, arguments: list[str]):
 
     from .config import Refusal, read_yaml
 
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -94,6 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"longtrace {name}: {refusal}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"longtrace {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nlongtrace {name}: interrupted", file=sys.stderr)
         return 130

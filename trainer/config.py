@@ -152,7 +152,10 @@ def read_yaml(path: Path, config_class: type) -> dict:
     if not isinstance(fields, dict):
         raise Refusal(f"--config {path}: found {type(fields).__name__}; accepted: a mapping of option names to values")
     known = {f.name for f in dataclasses.fields(config_class)}
-    fields = {key.replace("-", "_"): value for key, value in fields.items()}
+    fields = {str(key).replace("-", "_"): value for key, value in fields.items()}
     for key in fields.keys() - known:
         raise Refusal(f"--config {path}: no option {key}; {config_class.__name__} has {', '.join(sorted(known))}")
+    for key, value in fields.items():
+        if value is None or isinstance(value, dict):
+            raise Refusal(f"--config {path}: {key}: found {value!r}; accepted: a value or a list of values")
     return fields

@@ -46,7 +46,7 @@ def doctor(config: DoctorConfig) -> None:
     console.print(facts)
 
     console.rule("backends", align="left")
-    console.print(K.explain(), highlight=False)
+    console.print(K.explain(), highlight=False, markup=False)
 
     console.rule("self-check against the float64 reference", align="left")
     started = time.perf_counter()
@@ -62,10 +62,12 @@ def doctor(config: DoctorConfig) -> None:
     missing = [f"  {name}: {why}" for name, why in OPTIONAL.items() if not _importable(name)]
     if missing:
         console.rule("not installed, and what it would add", align="left")
-        console.print("\n".join(missing), highlight=False)
+        console.print("\n".join(missing), highlight=False, markup=False)
     wrong = [op for op, _, _, good in results if not good]
     if wrong:
-        raise Refusal(f"self-check failed: {', '.join(wrong)}; LONGTRACE_BUILD=0 pip install --force-reinstall runs without the extension; please report this output")
+        raise Refusal(
+            f"self-check failed: {', '.join(wrong)}; LONGTRACE_BUILD=0 pip install --force-reinstall runs without the extension; please report this output"
+        )
 
 
 def _accelerator() -> str:

@@ -94,6 +94,7 @@ def _from_checkpoint(run: Path, name: str) -> tuple[PreTrainedModel, PreTrainedT
     model.hf.float().eval()
     for key, parameter in parameters.items():
         parameter.copy_(masters[key])
+    model.base.generation_config.eos_token_id = state["eos_token_id"]
     model.base.set_attn_implementation("sdpa")  # that of training is for packed rows
     template = traces.chat_template(model.tokenizer, state["config"].get("template", "auto"))
     return model.hf, model.tokenizer, template, str(path)

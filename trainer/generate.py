@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -26,8 +27,8 @@ class GenerateConfig:
     """Share of the probability mass sampled from."""
     seed: int = 0
     """Seeds the sampling."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to generate."""
 
 
 def generate(config: GenerateConfig) -> str:
@@ -49,11 +50,9 @@ def generate(config: GenerateConfig) -> str:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = inputs.to(model.device)
     torch.manual_seed(config.seed)
-    sampling = (
-        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
-        if config.temperature
-        else {"do_sample": False}
-    )
+    sampling = {"do_sample": False}
+    if config.temperature:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -62,6 +61,8 @@ def generate(config: GenerateConfig) -> str:
         **sampling,
     )
     answer = output[0, inputs["input_ids"].shape[1] :]
-    if len(answer) == config.max_new_tokens:
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    if len(answer) == config.max_new_tokens and int(answer[-1]) not in stops:
         print(f"[cut off at --max-new-tokens {config.max_new_tokens}]", file=sys.stderr)
     return tokenizer.decode(answer, skip_special_tokens=False)

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from longtrace import kernels as K
 
@@ -17,6 +25,7 @@ from .config import Refusal, TrainConfig
 from .rope import extend_rope
 from .source import IGNORE, PackedBatch
 
+SAFE = {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from a model folder
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -74,7 +83,7 @@ class Model:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     with _refusing(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def load_model(config: TrainConfig) -> Model:
@@ -86,7 +95,11 @@ def load_model(config: TrainConfig) -> Model:
     torch.manual_seed(config.seed)  # adapters are drawn here
     tokenizer = load_tokenizer(config.model)
     with _refusing(config.model, "model"):
-        hf_config = AutoConfig.from_pretrained(config.model)
+        hf_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    if getattr(hf_config, "quantization_config", None):
+        raise Refusal(
+            f"{config.model}: quantised weights cannot be trained here (no QLoRA); pass the unquantised model"
+        )
     if getattr(hf_config.get_text_config(), "attention_dropout", 0):
         raise Refusal(f"{config.model}: packed attention has no dropout; set attention_dropout to 0 in its config.json")
     rope = extend_rope(hf_config.get_text_config(), config.max_tokens, config.rope)
@@ -94,7 +107,7 @@ def load_model(config: TrainConfig) -> Model:
     with _refusing(config.model, "model"):
         # the file's own dtype: a bf16 load would round fp32 weights before the masters are taken
         hf = AutoModelForCausalLM.from_pretrained(
-            config.model, config=hf_config, dtype="auto", attn_implementation="longtrace"
+            config.model, config=hf_config, dtype="auto", attn_implementation="longtrace", **SAFE
         )
     rows = hf.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -113,7 +126,7 @@ def load_trained(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedMo
     adapter = Path(source) / "adapter_config.json"
     if not adapter.exists():
         with _refusing(source, "model"):
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **SAFE)
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -121,9 +134,14 @@ def load_trained(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedMo
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
     with _refusing(base, f"base model of {source}"):
         # a config.json beside adapters says that the run extended the base's context
-        hf_config = AutoConfig.from_pretrained(source if (Path(source) / "config.json").exists() else base)
-        model = AutoModelForCausalLM.from_pretrained(base, config=hf_config, dtype=dtype)
-    return PeftModel.from_pretrained(model, source)
+        hf_config = AutoConfig.from_pretrained(
+            source if (Path(source) / "config.json").exists() else base, trust_remote_code=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(base, config=hf_config, dtype=dtype, **SAFE)
+        if (Path(source) / "generation_config.json").exists():  # where generation stops, as the run learned it
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    with _refusing(source, "adapters"):
+        return PeftModel.from_pretrained(model, source, use_safetensors=True)
 
 
 def load_for_generation(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -137,6 +155,50 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch sees no CUDA device; `longtrace doctor` says why")
     return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+@torch.no_grad()
+def check_model(model: Model) -> None:
+    """Two facts the trainer rests on, tried on a few tokens of this very model before any data is read.
+
+    Documents of a packed row do not see each other: changing the first leaves the second's hidden states as they were.
+    And our head is the model's: same log-probabilities from our formula and from its own forward. Raises Refusal
+    otherwise (state-space layers leak; some models scale their logits in ways of their own).
+    """
+    model.hf.eval()
+    try:
+        draw = torch.Generator().manual_seed(0)
+        vocabulary = model.base.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 24), generator=draw)
+        ids[1, 12:] = ids[0, 12:]  # two rows: first documents differ, second documents are the same
+        positions, cu_seqlens = torch.arange(12).repeat(2), torch.tensor([0, 12, 24], dtype=torch.int32)
+        rows = [PackedBatch(i, positions, cu_seqlens, 12, i, []).to(model.device) for i in ids]
+        one, two = (model.hidden(row)[12:].float() for row in rows)
+        own = model.base(input_ids=rows[0].input_ids[None, 12:], use_cache=False).logits[0].float()
+        head = model.head()
+        ours = head.logit_scale * (two @ head.weight.float().T) + (0 if head.bias is None else head.bias.float())
+        ours = head.softcap * torch.tanh(ours / head.softcap) if head.softcap else ours
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise Refusal(
+            f"{model.source} ({model.base.config.model_type}) cannot be trained on packed rows: {what}"
+        ) from error
+    finally:
+        model.hf.train()
+    rounding = 2 * torch.finfo(model.base.dtype).eps
+    leak = float((one - two).abs().max() / two.abs().max())
+    # experts take tokens in groups, and a group's size may change the rounding
+    if leak > (rounding if "expert" in str(model.base.config) else 0):
+        raise Refusal(
+            f"{model.source} ({model.base.config.model_type}): documents of a packed row see each other (hidden states change by "
+            f"{leak:.1e}); accepted: models whose layers mix tokens by attention alone"
+        )
+    off = float((ours.log_softmax(-1) - own.log_softmax(-1)).abs().max() / own.abs().max().clamp(min=1))
+    if not off < 8 * rounding:
+        raise Refusal(
+            f"{model.source} ({model.base.config.model_type}): its logits are not softcap(scale * h.w + b) as longtrace reads them from "
+            f"the config (relative difference {off:.1e})"
+        )
 
 
 def checkpoint_activations(model: Model) -> None:
@@ -239,7 +301,7 @@ class Masters:
 def _refusing(source: str, what: str):
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         where = (
             "no such folder" if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists() else None
         )

@@ -312,17 +312,20 @@ def _best_time(step, device: str, seconds: float) -> float:
 # The plan of a run
 
 
-def estimate(model: Model, config: TrainConfig, lengths: Sequence[int], *, measure: bool = True) -> Estimate:
+def estimate(
+    model: Model, config: TrainConfig, lengths: Sequence[int], *, supervised: float = 1.0, measure: bool = True
+) -> Estimate:
     """Plans a run: memory with and without checkpointing, FLOPs, rates measured here (about 0.6 s, once a process).
 
-    `config` is resolved (tokens_per_row, tokens_per_step); `lengths`: tokens of each training document.
+    `config` is resolved (tokens_per_row, tokens_per_step); `lengths`: tokens of each training document;
+    `supervised`: share of the tokens that are targets (the head sees no others).
     """
     device = model.device.type
     hf = model.base.config
     memories = {on: plan_memory(hf, config, checkpointing=on, device=device) for on in (False, True)}
     asked = config.activation_checkpointing
     checkpointing = should_checkpoint(memories[False]) if asked == "auto" else asked == "on"
-    matmuls, attention, recompute = flops(model, lengths)
+    matmuls, attention, recompute = flops(model, lengths, supervised=supervised)
     peak = seconds = 0.0
     if measure:
         text, dtype = hf.get_text_config(), DTYPES[config.dtype]

@@ -14,7 +14,13 @@ def extend_rope(config: PretrainedConfig, max_tokens: int, method: str) -> str:
     highest frequency and stretches the lowest by s; yarn blends the two by wavelength and adds a temperature
     (Peng et al. 2023, 2309.00071). Raises Refusal when the window is too short and cannot be stretched as asked.
     """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 and others keep one set per layer type; only full attention sees beyond its window
+    full = parameters.get("full_attention", parameters)
+    kind = full.get("rope_type", "default")
     window = config.max_position_embeddings
+    if kind == "yarn":  # some configs keep the original window beside a factor that already extends it
+        window = max(window, int(full["factor"] * full["original_max_position_embeddings"]))
     if max_tokens <= window:
         return f"window {window:,}, not extended"
     if method == "none":
@@ -22,12 +28,8 @@ def extend_rope(config: PretrainedConfig, max_tokens: int, method: str) -> str:
             f"--max-tokens {max_tokens:,} exceeds the model's window of {window:,}; pass --rope auto|linear|ntk|yarn or a smaller --max-tokens"
         )
     method = "yarn" if method == "auto" else method
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
+    if not full:
         raise Refusal(f"{config.model_type} has no rope settings to extend from {window:,} to {max_tokens:,} tokens")
-    # Gemma 3 and others keep one set per layer type; only full attention sees beyond its window
-    full = parameters.get("full_attention", parameters)
-    kind = full.get("rope_type", "default")
     if kind == "yarn" and method == "yarn":
         window = full["original_max_position_embeddings"]
     elif kind != "default":
@@ -41,6 +43,7 @@ def extend_rope(config: PretrainedConfig, max_tokens: int, method: str) -> str:
         dim = int(dim * full.get("partial_rotary_factor", 1.0))
         full["rope_theta"] *= factor ** (dim / (dim - 2))
     else:
+        full.pop("attention_factor", None)  # that of another factor
         full.update(rope_type=method, factor=factor)
         if method == "yarn":
             full["original_max_position_embeddings"] = window

@@ -88,7 +88,7 @@ def count_rows(spec: str) -> int | None:
 
         try:
             return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-        except pyarrow.ArrowInvalid:
+        except (pyarrow.ArrowException, OSError):
             return None
     if path.suffix == ".jsonl" and path.is_file():
         with path.open("rb") as file:
@@ -143,6 +143,8 @@ def _json_object(line: bytes) -> dict | Refusal:
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
         return Refusal(f"broken JSON: {what} at character {error.colno:,}; accepted: one JSON object a line")
+    except ValueError as error:  # a number of more digits than Python converts
+        return Refusal(f"broken JSON: {error}; accepted: one JSON object a line")
     except RecursionError:
         return Refusal("broken JSON: nested too deeply; accepted: one JSON object a line")
     if not isinstance(value, dict):
@@ -155,12 +157,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict | Refusal]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise Refusal(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); accepted: {SOURCES}") from None
     if file.metadata.num_rows == 0:
         raise Refusal(f"{path}: the file has no rows; accepted: Parquet with at least one")
-    rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-    return _numbered(str(path), rows)
+
+    def rows() -> Iterator[dict]:
+        try:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise Refusal(f"{path}: a damaged Parquet file ({str(error).splitlines()[0]})") from None
+
+    return _numbered(str(path), rows())
 
 
 def _hub(spec: str) -> Iterator[tuple[str, dict | Refusal]]:

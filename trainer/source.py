@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,13 +63,21 @@ def collate(traces: TraceSet, documents: list[int]) -> PackedBatch:
 
 
 class TraceSource:
-    """Endless steps of packed rows over a set of documents.
+    """Steps of packed rows over a set of documents: endless, or `epochs` passes.
 
     Each epoch packs a fresh seeded permutation (best-fit decreasing) and shuffles the rows, so batches are not sorted
     by length. `next()` gives the micro-batches of one optimizer step.
     """
 
-    def __init__(self, traces: TraceSet, documents: np.ndarray, tokens_per_row: int, rows_per_step: int, seed: int):
+    def __init__(
+        self,
+        traces: TraceSet,
+        documents: np.ndarray,
+        tokens_per_row: int,
+        rows_per_step: int,
+        seed: int,
+        epochs: float | None = None,
+    ):
         if len(documents) == 0:
             raise Refusal("no documents to train on: every row was left out")
         longest = int(traces.lengths[documents].max())
@@ -75,8 +85,9 @@ class TraceSource:
             raise Refusal(f"a document of {longest:,} tokens does not fit --tokens-per-row {tokens_per_row:,}")
         self.traces, self.documents, self.seed = traces, documents, seed
         self.tokens_per_row, self.rows_per_step = tokens_per_row, rows_per_step
-        self.epoch, self.cursor, self.rows_left = 0, 0, None
+        self.epoch = self.cursor = self.rows_seen = 0
         self._pack()
+        self.rows_in_all = None if epochs is None else max(1, round(len(self.rows) * epochs))
 
     def _pack(self):
         order = np.random.default_rng((self.seed, self.epoch))
@@ -94,22 +105,20 @@ class TraceSource:
         """Share of the row slots of an epoch that hold a token."""
         return int(self.traces.lengths[self.documents].sum()) / (len(self.rows) * self.tokens_per_row)
 
-    def steps_for(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs; the last one may hold fewer rows, so that no row is seen more often."""
-        self.rows_left = max(1, round(self.rows_per_epoch * epochs))
-        return -(-self.rows_left // self.rows_per_step)
+    def steps_left(self) -> int:
+        """Steps until `epochs` are done; the last may hold fewer rows, so that no row is seen more often than another."""
+        return max(0, -(-(self.rows_in_all - self.rows_seen) // self.rows_per_step))
 
     def next(self) -> list[PackedBatch]:
-        count = self.rows_per_step if self.rows_left is None else min(self.rows_per_step, self.rows_left)
+        left = self.rows_per_step if self.rows_in_all is None else self.rows_in_all - self.rows_seen
         batches = []
-        for _ in range(count):
+        for _ in range(min(self.rows_per_step, left)):
             if self.cursor == len(self.rows):
                 self.epoch, self.cursor = self.epoch + 1, 0
                 self._pack()
             batches.append(collate(self.traces, self.rows[self.cursor]))
             self.cursor += 1
-        if self.rows_left is not None:
-            self.rows_left -= count
+        self.rows_seen += len(batches)
         return batches
 
     def all_rows(self) -> list[PackedBatch]:
@@ -121,19 +130,31 @@ class TraceSource:
         """Epochs seen so far."""
         return self.epoch + self.cursor / len(self.rows)
 
+    @property
+    def packing(self) -> dict:
+        """What decides which row comes when, besides the tokens themselves."""
+        chosen = hashlib.sha256(np.ascontiguousarray(self.documents, dtype="<i8").data).hexdigest()
+        return {"tokens_per_row": self.tokens_per_row, "seed": self.seed, "documents": chosen}
+
     def state_dict(self) -> dict:
-        return {
-            "epoch": self.epoch,
-            "cursor": self.cursor,
-            "rows_left": self.rows_left,
-            "data": self.traces.fingerprint,
-        }
+        position = {"epoch": self.epoch, "cursor": self.cursor, "rows_seen": self.rows_seen}
+        return position | {"data": self.fingerprint, "packing": self.packing}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.traces.fingerprint
 
     def load_state_dict(self, state: dict):
-        if state["data"] != self.traces.fingerprint:
+        if state["data"] != self.fingerprint:
             raise Refusal(
                 "the data changed since the checkpoint was saved (tokens differ); resume with the same --data, --template, "
                 "--max-tokens and tokenizer, or start a new run with another --out"
             )
-        self.epoch, self.cursor, self.rows_left = state["epoch"], state["cursor"], state["rows_left"]
+        for key, flag in (("tokens_per_row", "--tokens-per-row"), ("seed", "--seed"), ("documents", "--eval-fraction")):
+            if state["packing"][key] != self.packing[key]:
+                raise Refusal(
+                    f"{flag} differs from the checkpoint's, so its place in the data means nothing here: pass the same, or start a "
+                    "new run with another --out (--model may be an exported checkpoint)"
+                )
+        self.epoch, self.cursor, self.rows_seen = state["epoch"], state["cursor"], state["rows_seen"]
         self._pack()

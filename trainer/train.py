@@ -8,12 +8,14 @@ longtrace sft --model DIR --data traces.jsonl --out runs/x
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,9 +30,9 @@ from longtrace import kernels as K
 from . import checkpoint, plan, report, traces
 from .config import Refusal, SFTConfig, TrainConfig, parse_columns, to_yaml
 from .environment import environment
-from .model import DTYPES, Masters, Model, checkpoint_activations, load_model
+from .model import DTYPES, Masters, Model, check_model, checkpoint_activations, load_model
 from .objectives import SFT, Objective
-from .source import PackedBatch, TraceSource
+from .source import IGNORE, PackedBatch, TraceSource
 from .trackers import tracker
 
 console = Console()
@@ -42,6 +44,9 @@ class Source(Protocol):
     def next(self) -> list[PackedBatch]:
         """The micro-batches of one optimizer step."""
 
+    def steps_left(self) -> int:
+        """Steps until the source ends; asked only when the number of steps is not given."""
+
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
@@ -52,10 +57,6 @@ class Source(Protocol):
 
 class NonFinite(RuntimeError):
     """Loss or gradients are not finite; the weights were not touched."""
-
-
-class Terminated(SystemExit):
-    """SIGTERM: the state of the last whole step is saved, and the process ends with 143."""
 
 
 @dataclass
@@ -109,17 +110,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, masters: Masters) -> dic
     return tensors
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step and keeps the rate in a tensor
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, saved: dict[str, torch.Tensor]) -> None:
     """Fills the state in place; one step at lr 0 on zero gradients makes the optimizer allocate it and moves nothing."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for master in masters.masters.values():
-        master.grad = torch.zeros_like(master)
+    set_lr(optimizer, 0.0)
+    for name, master in masters.masters.items():
+        if f"step.{name}" in saved:  # a weight that never had a gradient has no state
+            master.grad = torch.zeros_like(master)
     optimizer.step()
     masters.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate
     held = optimizer_tensors(optimizer, masters)
     if held.keys() != saved.keys():
         odd = sorted(held.keys() ^ saved.keys())[0]
@@ -129,6 +135,23 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, saved:
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(saved[name])
+
+
+def restore(
+    path: Path, masters: Masters, optimizer: torch.optim.Optimizer, source: Source, objective: Objective
+) -> dict:
+    """Takes everything back from a checkpoint; returns its state. The mapped files are let go when this returns."""
+    tensors, state = checkpoint.load(path)
+    source.load_state_dict(state["source"])
+    objective.load_state_dict(state["objective"])
+    parts = {"model": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    masters.load(parts["model"])
+    restore_optimizer(optimizer, masters, parts["optimizer"])
+    checkpoint.set_rng_state(state["rng"])
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,20 +180,40 @@ def run(
     objective: Objective,
     *,
     steps: int,
+    begin: Callable[[], None],
     finish: Callable[[], None],
     eval_batches: list[PackedBatch] | None = None,
     flops_per_token: float = 0.0,
     peak_flops: float = 0.0,
 ) -> RunResult:
-    """Trains for `steps` optimizer steps and leaves a run folder.
+    """Trains for `steps` optimizer steps (0: until the source ends) and leaves a run folder.
 
-    `finish` exports the model; `peak_flops` (FLOP/s of a measured matmul) turns `flops_per_token` into MFU. Raises
-    Refusal (out of memory, a checkpoint that does not fit), NonFinite, and SystemExit(143) after SIGTERM.
+    `begin` writes what the run is, once a checkpoint to resume from has been accepted; `finish` exports the model;
+    `peak_flops` (FLOP/s of a measured matmul) turns `flops_per_token` into MFU. Raises Refusal (out of memory, a
+    checkpoint that does not fit), NonFinite, and SystemExit(143 or 130) after SIGTERM or Ctrl-C; the last two leave a
+    checkpoint of the last whole step.
     """
+    try:
+        return _run(
+            config, model, source, objective, steps, begin, finish, eval_batches or [], flops_per_token, peak_flops
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise Refusal(
+                f"out of memory with --tokens-per-row {source.tokens_per_row:,}: lower it, or --head-budget-mb, or pass "
+                "--activation-checkpointing on, --optimizer adamw8bit or --lora-rank 16 (the README's table says which "
+                "helps when)"
+            ) from error
+        raise
+
+
+def _run(
+    config, model, source, objective, steps, begin, finish, eval_batches, flops_per_token, peak_flops
+) -> RunResult:
     out, device = config.out, model.device
     masters = Masters(model, DTYPES[config.dtype])
     optimizer = make_optimizer(config, masters)
-    step, stopped_early, best = 0, False, {"loss": math.inf, "bad": 0}
+    step, best = 0, {"loss": None, "bad": 0}
 
     def state() -> dict:
         """What a resumed run needs besides weights: taken at step boundaries, so a save may come at any time after."""
@@ -180,6 +223,7 @@ def run(
             "objective": objective.state_dict(),
             "rng": checkpoint.rng_state(),
             "best": dict(best),
+            "eos_token_id": model.base.generation_config.eos_token_id,
             "config": json.loads(json.dumps(asdict(config), default=str)),
         }
 
@@ -193,62 +237,51 @@ def run(
     checkpoint.tidy(out / "checkpoints")
     resumed = checkpoint.latest(out / "checkpoints") if config.resume == "auto" else Path(config.resume or ".")
     if config.resume and resumed:
-        tensors, saved = checkpoint.load(resumed)
-        source.load_state_dict(saved["source"])
-        objective.load_state_dict(saved["objective"])
-        parts = {"model": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        masters.load(parts["model"])
-        restore_optimizer(optimizer, masters, parts["optimizer"])
-        del tensors, parts  # memory-mapped: they would keep a removed checkpoint's disk space
-        checkpoint.set_rng_state(saved["rng"])
+        saved = restore(resumed, masters, optimizer, source, objective)
         step, best = saved["step"], saved["best"]
-        console.print(
-            f"resumed from {resumed.name}: weights, optimizer, data position, random state; {steps - step} steps to go"
-        )
+        console.print(f"resumed from {escape(resumed.name)}: weights, optimizer, data position, random state")
         _print_changes(saved["config"], state()["config"])
+    steps = steps or step + source.steps_left()
+    stopped_early = 0 < config.patience <= best["bad"]
+    begin()
     history = checkpoint.MetricsLog(out / "metrics.jsonl", step)
     track = tracker(config.tracker, out.name, out, asdict(config))
 
-    # ---- SIGTERM saves the last whole step, within one micro-batch ------------------------------------------------------
-    terminate = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: terminate.append(True))
-
     started, last_line, loss = time.perf_counter(), 0.0, math.nan
-    with Progress(
-        TextColumn("step {task.completed:,}/{task.total:,}"),
-        BarColumn(),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    with (
+        stop_signals() as stop,
+        contextlib.closing(history),
+        contextlib.ExitStack() as closing,
+        Progress(
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
+        closing.callback(track.finish)
         task = bar.add_task("train", total=steps, completed=step, line="")
         while step < steps and not stopped_early:
             boundary = state()
             tick = time.perf_counter()
             lr = lr_at(step, steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
 
             # ---- forward and backward, micro-batch by micro-batch; the count is known before the first ---------------
             batches = source.next()
             count = sum(objective.count(batch) for batch in batches)
             loss_sum, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
             for batch in batches:
-                if terminate:
+                if stop:
                     save(boundary)
-                    raise Terminated(143)
+                    raise SystemExit(stop[0])
                 if objective.count(batch) == 0:  # all of it masked: nothing to learn, and no GEMM to pay
                     continue
-                try:
-                    batch = batch.to(device)
-                    part, sums = objective(model.hidden(batch), model.head(), batch)
-                    (part / count).backward()
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    raise _out_of_memory(error, source.tokens_per_row) or error from error
+                batch = batch.to(device)
+                part, sums = objective(model.hidden(batch), model.head(), batch)
+                (part / count).backward()
                 loss_sum += part.detach()
                 for key, value in sums.items():
                     metrics[key] = metrics.get(key, 0.0) + float(value)
@@ -258,10 +291,11 @@ def run(
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
             loss, grad_norm = float(loss_sum) / max(count, 1), float(norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                save(boundary)
                 rows = sorted({row for batch in batches for row in batch.documents})
                 raise NonFinite(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. Rows in the step: "
-                    f"{rows[:20]}. The last checkpoint in {out / 'checkpoints'} stands."
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched and are saved as "
+                    f"of step {step} in {out / 'checkpoints'}. Rows of the data in this step, counted from 0: {rows[:20]}"
                 )
             if config.clip and grad_norm > config.clip:
                 torch._foreach_mul_(gradients, config.clip / grad_norm)
@@ -285,7 +319,7 @@ def run(
                 "tok_per_sec": tokens / dt,
                 "mfu": tokens / dt * flops_per_token / peak_flops if peak_flops else None,
                 "tokens": tokens,
-                "supervised": int(sum((batch.labels != -100).sum() for batch in batches)),
+                "supervised": int(sum((batch.labels != IGNORE).sum() for batch in batches)),
                 "fill": tokens / (len(batches) * source.tokens_per_row),
                 "epoch": source.progress,
                 "seconds": time.perf_counter() - started,
@@ -296,9 +330,11 @@ def run(
             due = config.eval_every and step % config.eval_every == 0
             if eval_batches and (due or step == steps):
                 row["eval_loss"] = evaluate_loss(model, objective, eval_batches)
-                better = row["eval_loss"] < best["loss"]
-                best = {"loss": min(row["eval_loss"], best["loss"]), "bad": 0 if better else best["bad"] + 1}
-                stopped_early = bool(config.patience) and best["bad"] >= config.patience
+                better = best["loss"] is None or row["eval_loss"] < best["loss"]
+                best = (
+                    {"loss": row["eval_loss"], "bad": 0} if better else {"loss": best["loss"], "bad": best["bad"] + 1}
+                )
+                stopped_early = 0 < config.patience <= best["bad"]
             history.append(row)
             track.log(row, step)
 
@@ -308,20 +344,39 @@ def run(
 
             line = _line(row, steps)
             bar.update(task, completed=step, line=line)
-            if not console.is_terminal and (
-                step in (1, steps) or "eval_loss" in row or time.perf_counter() - last_line > 5
-            ):
-                console.print(f"step {step:>{len(str(steps))}}/{steps} | {line}", highlight=False)
+            quiet = time.perf_counter() - last_line < 5
+            if not console.is_terminal and (step in (1, steps) or "eval_loss" in row or not quiet):
+                console.print(f"step {step:>{len(str(steps))}}/{steps} | {line}", highlight=False, soft_wrap=True)
                 last_line = time.perf_counter()
-    signal.signal(signal.SIGTERM, previous)
     if stopped_early:
-        console.print(
-            f"stopped early: {config.patience} evaluations without a better eval loss than {best['loss']:.4f}"
-        )
+        console.print(f"stopped early: {config.patience} evaluations without an eval loss below {best['loss']:.4f}")
     finish()
-    track.finish()
     rows = history.rows()
     return RunResult(out, step, rows[-1]["loss"] if rows else loss, rows)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that holds the exit code once SIGTERM (143) or Ctrl-C (130) has come; the loop then saves the last whole step.
+
+    A second Ctrl-C interrupts at once. Outside the main thread Python takes no handlers, and signals act as they do.
+    """
+    stop: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number, frame) -> None:
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.append(128 + number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _print_changes(before: dict, now: dict) -> None:
@@ -345,15 +400,6 @@ def _line(row: dict, steps: int) -> str:
     return " | ".join([*parts, f"epoch {row['epoch']:.2f}"])
 
 
-def _out_of_memory(error: Exception, tokens_per_row: int) -> Refusal | None:
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return Refusal(
-            f"out of memory with --tokens-per-row {tokens_per_row:,}: lower it, or --head-budget-mb, or pass "
-            "--activation-checkpointing on, --optimizer adamw8bit or --lora-rank 16 (the README's table says which helps when)"
-        )
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # supervised fine-tuning
 
@@ -364,7 +410,10 @@ def sft(config: SFTConfig) -> RunResult | None:
     Returns None after `--plan`. Raises Refusal for anything about the input or the arguments that cannot be used.
     """
     config = resolve(config)
+    if config.patience and not (config.eval_every and (config.eval_data or config.eval_fraction)):
+        raise Refusal("--patience needs --eval-every and held-out data: --eval-data or --eval-fraction")
     model = load_model(config)
+    check_model(model)
     load = dict(
         template=config.template,
         max_tokens=config.max_tokens,
@@ -375,31 +424,49 @@ def sft(config: SFTConfig) -> RunResult | None:
     )
     data = traces.load_traces(config.data, model.tokenizer, **load)
     console.print(data.audit.table())
-    train_documents, held_out, held_data = np.arange(len(data.lengths)), np.arange(0), data
+    held_data = None
     if config.eval_data:
         held_data = traces.load_traces(config.eval_data, model.tokenizer, **load)
-        held_out = np.arange(len(held_data.lengths))
-    elif config.eval_fraction:
-        order = np.random.default_rng(config.seed).permutation(len(data.lengths))
-        cut = max(1, round(config.eval_fraction * len(order)))
-        held_out, train_documents = np.sort(order[:cut]), np.sort(order[cut:])
+        console.print(held_data.audit.table())
+        documents, held_out = np.arange(len(data.lengths)), np.arange(len(held_data.lengths))
+    else:
+        documents, held_out = _hold_out(data, config.eval_fraction, config.seed)
 
+    epochs = None if config.steps else config.epochs
     rows_per_step = config.tokens_per_step // config.tokens_per_row
-    source = TraceSource(data, train_documents, config.tokens_per_row, rows_per_step, config.seed)
-    steps = config.steps or source.steps_for(config.epochs)
-    eval_batches = TraceSource(held_data, held_out, config.tokens_per_row, 1, 0).all_rows() if len(held_out) else []
+    source = TraceSource(data, documents, config.tokens_per_row, rows_per_step, config.seed, epochs)
+    eval_batches = []
+    if len(held_out):
+        eval_batches = TraceSource(held_data or data, held_out, config.tokens_per_row, 1, 0).all_rows()
 
-    lengths = data.lengths[train_documents]
-    estimate = plan.estimate(model, config, lengths)
-    if estimate.checkpointing:
-        checkpoint_activations(model)
-    console.print(plan.table(config, model, source, steps, estimate))
+    lengths = data.lengths[documents]
+    estimate = None
+    try:
+        estimate = plan.estimate(model, config, lengths, supervised=data.loss_mask.mean())
+        console.print(plan.table(config, model, source, config.steps or source.steps_left(), estimate))
+    except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
+        console.print(f"no estimate of memory and time for this model: {str(error).splitlines()[0]}", markup=False)
     if config.plan:
         return None
+    if estimate.checkpointing if estimate else config.activation_checkpointing != "off":
+        checkpoint_activations(model)
 
     template = traces.chat_template(model.tokenizer, config.template)
     _stop_at(model, [*data.audit.ends])
-    _open_run(config, data)
+
+    def begin() -> None:
+        """Writes what the run is: config, environment and audits."""
+        config.out.mkdir(parents=True, exist_ok=True)
+        files = {
+            "config.yaml": to_yaml(replace(config, resume="")),
+            "environment.json": json.dumps(environment(), indent=1),
+        }
+        files["audit.json"] = json.dumps(data.audit.as_dict(), indent=1)
+        if held_data:
+            files["audit-eval.json"] = json.dumps(held_data.audit.as_dict(), indent=1)
+        for name, text in files.items():
+            checkpoint.write_atomic(config.out / name, text)
+        console.print(K.explain(), highlight=False, markup=False)
 
     def finish() -> None:
         checkpoint.export_model(
@@ -411,15 +478,28 @@ def sft(config: SFTConfig) -> RunResult | None:
         model,
         source,
         SFT(config.head_budget_mb),
-        steps=steps,
+        steps=config.steps,
+        begin=begin,
         finish=finish,
         eval_batches=eval_batches,
-        flops_per_token=estimate.flops_per_token,
-        peak_flops=estimate.peak_flops,
+        flops_per_token=estimate.flops_per_token if estimate else 0.0,
+        peak_flops=estimate.peak_flops if estimate else 0.0,
     )
     page = report.sft_report(config.out, lengths=lengths)
-    console.print(f"model and tokenizer in {escape(str(config.out))}; the run's story in {escape(str(page))}")
+    console.print(f"model and tokenizer in {config.out}; the run's story in {page}", markup=False, soft_wrap=True)
     return result
+
+
+def _hold_out(data: traces.TraceSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) documents; the pieces of a split row stay together."""
+    rows = np.unique(data.source)
+    if not share:
+        return np.arange(len(data.source)), np.arange(0)
+    cut = max(1, round(share * len(rows)))
+    if cut == len(rows):
+        raise Refusal(f"--eval-fraction {share} of {len(rows)} rows leaves none to train on")
+    held = np.isin(data.source, np.random.default_rng(seed).permutation(rows)[:cut])
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def _stop_at(model: Model, ends: list[str]) -> None:
@@ -433,9 +513,46 @@ def _stop_at(model: Model, ends: list[str]) -> None:
         generation.eos_token_id = [*stops, *new]
 
 
+# option: (lowest, highest); all must be finite
+RANGES = {
+    "max_tokens": (2, math.inf),
+    "tokens_per_row": (0, math.inf),
+    "tokens_per_step": (0, math.inf),
+    "steps": (0, math.inf),
+    "epochs": (0, math.inf),
+    "lr": (0, math.inf),
+    "warmup": (0, math.inf),
+    "min_lr_ratio": (0, 1),
+    "weight_decay": (0, math.inf),
+    "adam_eps": (0, math.inf),
+    "clip": (0, math.inf),
+    "head_budget_mb": (0, math.inf),
+    "lora_rank": (0, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 1),
+    "eval_every": (0, math.inf),
+    "patience": (0, math.inf),
+    "save_every": (0, math.inf),
+    "keep_last": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+    "eval_fraction": (0, 1),
+}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills what depends on other fields and checks what does not fit together."""
-    config.out = Path(config.out)
+    """A copy with what depends on other fields filled in. Raises Refusal for what is out of range or does not fit."""
+    config = replace(config, out=Path(config.out))
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, low)
+        if not (math.isfinite(value) and low <= value <= high):
+            accepted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise Refusal(f"--{name.replace('_', '-')} {value}: accepted: {accepted}")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise Refusal(f"--betas {' '.join(map(str, config.betas))}: accepted: two numbers from 0 to below 1")
+    if not config.steps and not config.epochs:
+        raise Refusal("--steps 0 and --epochs 0: nothing to do; accepted: one of them above 0")
+    if (config.lora_alpha or config.lora_dropout) and not config.lora_rank:
+        raise Refusal("--lora-alpha and --lora-dropout need --lora-rank")
     config.tokens_per_row = config.tokens_per_row or config.max_tokens
     config.tokens_per_step = config.tokens_per_step or config.tokens_per_row
     if config.tokens_per_step % config.tokens_per_row:
@@ -443,21 +560,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--tokens-per-step {config.tokens_per_step:,} is not a multiple of --tokens-per-row {config.tokens_per_row:,}: "
             f"pass {max(1, round(config.tokens_per_step / config.tokens_per_row)) * config.tokens_per_row}"
         )
-    if not config.warmup >= 0 or not 0 <= config.min_lr_ratio <= 1:
-        raise Refusal(
-            f"--warmup {config.warmup} and --min-lr-ratio {config.min_lr_ratio} must be >= 0, the latter <= 1"
-        )
-    if config.out.resolve() == Path(config.model).resolve():
-        raise Refusal(f"--out {config.out} is the --model folder: the run would overwrite the weights it starts from")
-    if (config.out / "checkpoints").exists() and not config.resume and not config.plan:
-        raise Refusal(f"{config.out} already holds a run: pass --resume auto to go on with it, or another --out")
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"--out {out} is a file; accepted: a folder, new or of the same run")
+    if out.resolve() == Path(config.model).resolve():
+        raise Refusal(f"--out {out} is the --model folder: the run would overwrite the weights it starts from")
+    holds_a_model = (out / "config.json").exists() or (out / "adapter_config.json").exists()
+    if holds_a_model and not (out / "config.yaml").exists():
+        raise Refusal(f"--out {out} holds a model that no run of longtrace left there: pass another --out")
+    if (out / "checkpoints").exists() and not config.resume and not config.plan:
+        raise Refusal(f"{out} already holds a run: pass --resume auto to go on with it, or another --out")
     return config
-
-
-def _open_run(config: SFTConfig, data: traces.TraceSet) -> None:
-    """Writes what the run is: config, environment and audit, before the first step."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(config.out / "config.yaml", to_yaml(config))
-    checkpoint.write_atomic(config.out / "environment.json", json.dumps(environment(), indent=1))
-    checkpoint.write_atomic(config.out / "audit.json", json.dumps(data.audit.as_dict(), indent=1))
-    console.print(K.explain(), highlight=False)

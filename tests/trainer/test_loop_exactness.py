@@ -178,16 +178,16 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, seed):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         gradients(model, [collate(traces, [0, 1])])
-    assert len(saved) < len(kept) or sum(saved) < sum(kept)
+    assert sum(saved) < 0.5 * sum(kept)
 
 
 def test_source_places_every_document_once_an_epoch(seed):
     rng = np.random.default_rng(seed)
     traces = random_traces(rng.integers(1, 100, 57), 50, seed)
-    source = TraceSource(traces, np.arange(57), 100, 3, seed)
-    steps = source.steps_for(2)
-    seen = [d for _ in range(steps) for batch in source.next() for d in batch.documents]
+    source = TraceSource(traces, np.arange(57), 100, 3, seed, epochs=2)
+    seen = [d for _ in range(source.steps_left()) for batch in source.next() for d in batch.documents]
     assert sorted(seen) == sorted(list(range(57)) * 2)
+    assert source.steps_left() == 0 and source.next() == []
     first = source.rows
     again = TraceSource(traces, np.arange(57), 100, 3, seed)
     assert again.rows != first, "an epoch repeats the rows of the one before"

@@ -294,3 +294,30 @@ def test_sources_that_cannot_be_opened(tmp_path):
         assert "\n" not in str(refusal.value)
     with pytest.raises(Refusal, match="traces: no such file or source"):
         list(read_rows("traces"))
+
+
+def test_damaged_parquet_and_endless_numbers_are_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(
+        {
+            "problem": ["p" * 50] * 500,
+            "trace": [f"<think>{i}</think> {i}" * 9 for i in range(500)],
+            "answer": ["1"] * 500,
+        }
+    )
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, file, compression="zstd")
+    raw = bytearray(file.read_bytes())
+    for start, what in ((8, "damaged"), (len(raw) - 40, "Parquet")):
+        broken = raw.copy()
+        broken[start : start + 24] = b"\xff" * 24
+        file.write_bytes(broken)
+        with pytest.raises(Refusal, match=what) as caught:
+            list(read_rows(str(file)))
+        assert "\n" not in str(caught.value)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"problem": ' + "9" * 5000 + "}\n")
+    with pytest.raises(Refusal, match=r"rows\.jsonl:1: broken JSON"):
+        list(read_rows(str(lines)))

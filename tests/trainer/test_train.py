@@ -57,7 +57,7 @@ def test_learns_and_leaves_a_whole_run_folder(tiny_model, chain_data, tmp_path):
     [
         dict(dtype="bf16"),
         dict(lora_rank=4, lora_dropout=0.1),
-        pytest.param(dict(optimizer="adamw8bit"), marks=pytest.mark.slow),  # torch.compile builds its step
+        pytest.param(dict(optimizer="adamw8bit", steps=4), marks=pytest.mark.slow),  # torch.compile builds its step
         dict(activation_checkpointing="on", tokens_per_step=800),
     ],
     ids=lambda c: next(iter(c)),
@@ -65,10 +65,8 @@ def test_learns_and_leaves_a_whole_run_folder(tiny_model, chain_data, tmp_path):
 def test_resume_is_bit_exact(tiny_model, chain_data, tmp_path, changes):
     model = tiny_model("llama")
     whole = sft(config(model, chain_data, tmp_path / "whole", **changes))
-    half = config(model, chain_data, tmp_path / "half", save_every=3, **changes)
-    sft(half)
+    sft(config(model, chain_data, tmp_path / "half", save_every=3, **changes))
     checkpoint_of_3 = tmp_path / "half" / "checkpoints" / "step-00000003"
-    assert checkpoint_of_3.exists()
     again = sft(config(model, chain_data, tmp_path / "half", save_every=3, resume=str(checkpoint_of_3), **changes))
     assert_equal(weights(tmp_path / "half"), weights(tmp_path / "whole"))
     assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
@@ -122,8 +120,8 @@ def test_non_finite_loss_stops_before_the_weights(tiny_model, chain_data, tmp_pa
         return (loss * float("nan") if len(calls) == 3 else loss), metrics
 
     monkeypatch.setattr(objectives.SFT, "__call__", broken)
-    with pytest.raises(NonFinite, match=r"step 3.*weights were not touched"):
-        sft(config(tiny_model("llama"), chain_data, out, save_every=2))
+    with pytest.raises(NonFinite, match=r"step 3.*weights were not touched.*as of step 2"):
+        sft(config(tiny_model("llama"), chain_data, out))
     monkeypatch.undo()
     whole = tmp_path / "whole"
     sft(config(tiny_model("llama"), chain_data, whole, steps=6, save_every=2, keep_last=9))
@@ -228,3 +226,153 @@ def test_adapters_of_an_extended_context_generate_on_it(tiny_model, chain_data, 
 def test_the_model_folder_is_not_written_over(tiny_model, chain_data):
     with pytest.raises(Refusal, match="--model folder"):
         sft(config(tiny_model("llama"), chain_data, tiny_model("llama")))
+
+
+def test_more_epochs_go_on_where_the_first_ended(tiny_model, chain_data, tmp_path):
+    model, out = tiny_model("llama"), tmp_path / "run"
+    changes = dict(steps=0, tokens_per_step=1200, schedule="constant")
+    first = sft(config(model, chain_data, out, epochs=1, **changes))
+    both = sft(config(model, chain_data, out, epochs=2, resume="auto", **changes))
+    assert both.metrics[-1]["epoch"] == pytest.approx(2.0)
+    assert both.metrics[: first.steps] == first.metrics and both.steps == 2 * first.steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        (dict(tokens_per_row=800), "--tokens-per-row"),
+        (dict(seed=5), "--seed"),
+        (dict(eval_fraction=0.2), "--eval-fraction"),
+    ],
+)
+def test_resume_refuses_another_order_of_the_data(tiny_model, chain_data, tmp_path, changes, flag):
+    sft(config(tiny_model("llama"), chain_data, tmp_path / "run", steps=2))
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(Refusal, match=f"{flag} differs"):
+        sft(config(tiny_model("llama"), chain_data, tmp_path / "run", steps=4, resume="auto", **changes))
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept, "a refused resume leaves the run folder alone"
+
+
+def test_an_early_stopped_run_stays_stopped(tiny_model, chain_data, tmp_path):
+    changes = dict(steps=40, lr=1.0, eval_fraction=0.2, eval_every=1, patience=2)
+    first = sft(config(tiny_model("llama"), chain_data, tmp_path / "run", **changes))
+    assert sft(config(tiny_model("llama"), chain_data, tmp_path / "run", resume="auto", **changes)).steps == first.steps
+
+
+def test_stopped_before_the_first_step_resumes(tiny_model, chain_data, tmp_path, monkeypatch):
+    """SIGTERM within step 1 leaves a checkpoint of step 0, with no optimizer state yet."""
+    import os
+    import signal
+
+    from longtrace.trainer import objectives
+
+    honest, calls = objectives.SFT.__call__, []
+
+    def interrupted(self, *arguments):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return honest(self, *arguments)
+
+    changes = dict(tokens_per_step=800, steps=3)
+    whole = sft(config(tiny_model("llama"), chain_data, tmp_path / "whole", **changes))
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(objectives.SFT, "__call__", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        sft(config(tiny_model("llama"), chain_data, tmp_path / "run", **changes))
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000000"
+    again = sft(config(tiny_model("llama"), chain_data, tmp_path / "run", resume="auto", **changes))
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
+
+
+def test_split_pieces_of_a_row_are_held_out_together(tiny_model, chain_data, tmp_path):
+    import numpy as np
+
+    from longtrace.trainer.model import load_tokenizer
+    from longtrace.trainer.traces import load_traces
+    from longtrace.trainer.train import _hold_out
+
+    data = load_traces(
+        [str(chain_data)], load_tokenizer(str(tiny_model("llama"))), max_tokens=60, on_too_long="split", progress=False
+    )
+    train, held = _hold_out(data, 0.25, 0)
+    assert len(data.source) > 2 * len(np.unique(data.source))
+    assert not set(data.source[train]) & set(data.source[held])
+    assert len(np.unique(data.source[held])) == 10 and len(train) + len(held) == len(data.source)
+
+
+def test_adapters_and_checkpoints_keep_the_stop_tokens(tiny_model, chain_data, tmp_path):
+    from transformers import GenerationConfig
+
+    from longtrace.trainer.export import ExportConfig, export
+    from longtrace.trainer.model import load_for_generation
+
+    run = tmp_path / "run"
+    sft(config(tiny_model("llama", eos_token_id=7), chain_data, run, lora_rank=2, steps=1))
+    assert load_for_generation(str(run), torch.device("cpu"))[0].generation_config.eos_token_id == [7, 2]
+    export(ExportConfig(run=run, to=tmp_path / "merged"))
+    export(ExportConfig(run=run, to=tmp_path / "step", checkpoint="latest"))
+    for folder in ("merged", "step"):
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == [7, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(clip=-1), dict(keep_last=0), dict(lr=float("nan")), dict(steps=-3), dict(seed=-1), dict(betas=(0.9, 1.0)),
+     dict(epochs=float("inf")), dict(tokens_per_step=-400), dict(lora_rank=-1), dict(eval_fraction=1.5), dict(lora_dropout=0.1),
+     dict(patience=1), dict(eval_fraction=1.0)],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_values_out_of_range_are_one_line(tiny_model, chain_data, tmp_path, changes):
+    with pytest.raises(Refusal, match="--" + next(iter(changes)).replace("_", "-")) as caught:
+        sft(config(tiny_model("llama"), chain_data, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_somebody_elses_model_is_not_replaced(tiny_model, chain_data, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model("llama"), tmp_path / "other")
+    with pytest.raises(Refusal, match="holds a model"):
+        sft(config(tiny_model("llama"), chain_data, tmp_path / "other"))
+
+
+def test_models_that_mix_documents_are_refused(chain_data, tmp_path):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    from longtrace.trainer.model import Model, check_model
+
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    leaky = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, layer_types=["conv", "full_attention"], attn_implementation="longtrace")
+    )
+    with pytest.raises(Refusal, match="see each other"):
+        check_model(Model(leaky, None, "leaky", False, ""))
+
+
+def test_a_head_that_is_read_wrongly_is_refused(tiny_model):
+    from longtrace.trainer.config import TrainConfig
+    from longtrace.trainer.model import check_model, load_model
+
+    model = load_model(TrainConfig(model=str(tiny_model("gemma3")), out="o", max_tokens=100))
+    check_model(model)
+    model.base.config.final_logit_softcapping = 0.5
+    honest = model.head
+
+    def scaled():
+        head = honest()
+        head.logit_scale = 3.0
+        return head
+
+    model.head = scaled
+    with pytest.raises(Refusal, match="its logits are not"):
+        check_model(model)
