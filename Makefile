@@ -15,7 +15,8 @@ help:
 	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
 
 .venv/core: $(SOURCES)
-	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "creating .venv"; $(PYTHON) -m venv --clear .venv || \
+	  { echo "this Python cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv"; exit 1; }; }
 	@echo "installing $(TORCH) (skipped when a fitting torch is there)"
 	@$(PIP) install "$(TORCH)" "setuptools>=77" "pybind11>=2.13"
 	@echo "building longtrace and installing what it needs"

@@ -7,6 +7,7 @@ LONGTRACE_BUILD=0, the install is pure Python. Everything else about the package
 import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,7 +25,7 @@ def extensions() -> list[Extension]:
         return skip(f"extensions are built on Linux x86-64 and arm64, this is {sys.platform} {platform.machine()}")
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
-    except ImportError as error:
+    except Exception as error:  # not there, or there and broken
         return skip(f"no torch in the build environment ({error}); pip install --no-build-isolation builds them")
     units = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
     found = [
@@ -82,6 +83,8 @@ class OptionalBuild(build_ext):
             super().build_extension(ext)
         except Exception as error:
             skip(f"{ext.name} did not build: {error}")
+            for stale in Path("kernels").glob(ext.name.rpartition(".")[2] + ".*"):
+                stale.unlink()  # an editable install would go on loading the older binary
         finally:
             self.compiler.compile = compile_all
 

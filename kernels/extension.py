@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
 def _load(library: Path) -> tuple[bool, str]:
     """Whether the ops are registered now, and why not."""
+    if os.environ.get("LONGTRACE_EXTENSION") == "0":
+        return False, "LONGTRACE_EXTENSION=0"
     if not library.exists():
         return False, "longtrace.kernels._C was not built (no compiler, or no torch at build time: docs/install.md)"
     try:
         torch.ops.load_library(library)
         torch.ops.longtrace.softmax_stats  # noqa: B018  (raises AttributeError if the library is not ours)
     except (OSError, AttributeError, RuntimeError) as error:
-        return False, f"longtrace.kernels._C does not load: {str(error).splitlines()[0]}"
+        return False, f"longtrace.kernels._C does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return True, f"longtrace.kernels._C ({library})"
 
 

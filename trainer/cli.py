@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 refused input or arguments, 143 after SIGTERM wi
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse(name: str, config_class: type, arguments: list[str]):
         }
         # the file's values become flags too, so both are checked by the same parser
         for key in fields.keys() - given:
-            arguments = [*as_flag(key, fields[key]), *arguments]
+            arguments = [*arguments, *as_flag(key, fields[key])]
     return tyro.cli(config_class, args=arguments, prog=f"longtrace {name}", description=config_class.__doc__)
 
 
@@ -84,6 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"longtrace: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a redirected console of Windows cannot write a bar or a dash
+            stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if os.name == "nt" else {}))
+    for chatty in ("torchao", "torch.utils._pytree"):  # what they say on import is no news to a user
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     from .config import Refusal
 
     try:

@@ -144,7 +144,7 @@ def parse_columns(columns: list[str]) -> dict[str, str]:
 def read_yaml(path: Path, config_class: type) -> dict:
     """The fields a YAML file sets; Refusal for a missing or broken file and for a field the command does not have."""
     try:
-        fields = yaml.safe_load(Path(path).read_text())
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ from .environment import cpu_features, cpu_name, memory_bytes, packages
 OPTIONAL = {
     "triton": "GPU kernels (Linux): pip install 'longtrace[gpu]'",
     "peft": "LoRA: pip install 'longtrace[lora]'",
-    "torchao": "8-bit AdamW: pip install torchao",
+    "torchao": "8-bit AdamW: pip install 'longtrace[optim]'",
     "flash_attn": "flash-attention on CUDA: docs/install.md",
     "trl": "the peer of `longtrace bench`: pip install 'longtrace[bench]'",
 }
@@ -66,7 +66,7 @@ def doctor(config: DoctorConfig) -> None:
     wrong = [op for op, _, _, good in results if not good]
     if wrong:
         raise Refusal(
-            f"self-check failed: {', '.join(wrong)}; LONGTRACE_BUILD=0 pip install --force-reinstall runs without the extension; please report this output"
+            f"self-check failed: {', '.join(wrong)}; LONGTRACE_EXTENSION=0 runs without the extension; please report this output"
         )
 
 
@@ -75,7 +75,7 @@ def _accelerator() -> str:
         parts = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return "; ".join(f"{p.name}, {p.total_memory / 1e9:.0f} GB, sm_{p.major}{p.minor}" for p in parts)
     if shutil.which("nvidia-smi"):
-        return f"an NVIDIA driver is here, but torch {torch.__version__} has no CUDA: TORCH=torch make setup"
+        return f"an NVIDIA driver is here, but torch {torch.__version__} has no CUDA: pip install a CUDA build of torch (docs/install.md)"
     return "none: training runs on the processor"
 
 

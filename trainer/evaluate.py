@@ -72,7 +72,7 @@ def is_right(row: Row, completion: str) -> bool:
 
     Generated tasks check themselves; any other row is compared with its `answer` by math-verify, 5 seconds at most.
     """
-    if row.raw.get("task") in tasks.TASKS:
+    if tasks.is_own(row.raw):
         return tasks.solved(row.raw, completion)
     found = tasks.final_answer(completion)
     if found is None or row.answer is None:
@@ -170,7 +170,7 @@ def solved_rate(
     if not rows:
         raise Refusal("--data: no problems found; accepted: at least one")
     for row in rows:
-        if row.answer is None and row.raw.get("task") not in tasks.TASKS:
+        if row.answer is None and not tasks.is_own(row.raw):
             raise Refusal(f"{row.where}: answer: missing; accepted: rows with an answer to compare with")
     jinja = traces.chat_template(tokenizer, template)
     prompts = [

@@ -160,6 +160,13 @@ def final_answer(completion: str) -> str | None:
     return None
 
 
+def is_own(row: dict) -> bool:
+    """Whether a row is one of ours, with all that `solved` reads; users' rows may have a field `task` too."""
+    needed = {"chain": {"answer"}, "countdown": {"numbers", "goal"}}
+    task = row.get("task")
+    return isinstance(task, str) and task in TASKS and needed[task] <= row.keys() and "style" in row
+
+
 def solved(row: dict, completion: str) -> bool:
     """Whether the final answer of `completion` solves the row's problem; any text is safe to pass.
 

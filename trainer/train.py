@@ -92,7 +92,7 @@ def make_optimizer(config: TrainConfig, masters: Masters) -> torch.optim.Optimiz
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise Refusal("--optimizer adamw8bit needs torchao: pip install torchao") from error
+        raise Refusal("--optimizer adamw8bit needs torchao: pip install 'longtrace[optim]'") from error
     return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.adam_eps)
 
 
@@ -445,7 +445,10 @@ def sft(config: SFTConfig) -> RunResult | None:
         estimate = plan.estimate(model, config, lengths, supervised=data.loss_mask.mean())
         console.print(plan.table(config, model, source, config.steps or source.steps_left(), estimate))
     except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
-        console.print(f"no estimate of memory and time for this model: {str(error).splitlines()[0]}", markup=False)
+        console.print(
+            f"no estimate of memory and time for this model: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            markup=False,
+        )
     if config.plan:
         return None
     if estimate.checkpointing if estimate else config.activation_checkpointing != "off":

@@ -43,8 +43,8 @@ def _parts(mask_function: Callable) -> set[str]:
     found, todo = set(), [mask_function]
     while todo:
         function = todo.pop()
-        found.add(function.__qualname__.split(".")[0])
-        for cell in function.__closure__ or ():
+        found.add(getattr(function, "__qualname__", type(function).__name__).split(".")[0])
+        for cell in getattr(function, "__closure__", None) or ():
             inside = cell.cell_contents
             todo += [f for f in (inside if isinstance(inside, (tuple, list)) else [inside]) if callable(f)]
     return found

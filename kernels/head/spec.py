@@ -113,7 +113,7 @@ def check(
     devices = {t.device for t in (input, linear_weight, target, linear_bias, coefficient) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors on different devices: {sorted(map(str, devices))}")
-    target = target.reshape(-1)
+    target = target.reshape(-1).long()
     bad = ((target < 0) | (target >= linear_weight.shape[0])) & (target != ignore_index)
     if bad.any():
         position = int(bad.nonzero()[0])

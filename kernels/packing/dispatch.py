@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -23,8 +24,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises: ValueError naming the first row that is negative or longer than `capacity`; nothing is ever truncated.
     Source: best-fit decreasing (Johnson 1974), at most 11/9 of the optimal number of bins plus 1.
     """
-    lengths = [int(n) for n in (lengths.tolist() if hasattr(lengths, "tolist") else lengths)]
-    capacity = int(capacity)
+    lengths = [operator.index(n) for n in (lengths.tolist() if hasattr(lengths, "tolist") else lengths)]
+    capacity = operator.index(capacity)
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1 token, got {capacity}")
     for row, length in enumerate(lengths):
