@@ -322,6 +322,8 @@ def _write_page(out: Path, recipe: Recipe, summary: dict, rates: dict[str, dict]
                 [s["step"] for s in steps], [s["loss"] for s in steps], color=colour, label=_NAMES[name], linewidth=1
             )
         ax.set_yscale("log")
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter(lambda value, _: report.number_text(float(value)))
         ax.set_xlabel("step")
         ax.legend()
 

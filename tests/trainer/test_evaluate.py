@@ -159,6 +159,7 @@ def test_the_prompt_is_what_stands_before_the_last_answer():
 def test_wilson_interval(k, n, low, high):
     assert evaluate.wilson(k, n) == pytest.approx((low, high), abs=2e-4)
     assert evaluate.wilson(0, 0) == (0.0, 1.0)
+    assert all(evaluate.wilson(m, m)[1] == 1.0 and evaluate.wilson(0, m)[0] == 0.0 for m in range(1, 500))
 
 
 @pytest.fixture(scope="module")
