@@ -175,7 +175,7 @@ def test_exports_a_checkpoint(tiny_model, tmp_path, seed, lora_rank):
     model = load_model(config)
     masters = {k: torch.randn_like(p.float()) * 0.1 for k, p in model.hf.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": master for name, master in masters.items()}
-    state = {"config": json.loads(json.dumps(asdict(config), default=str))}
+    state = {"config": json.loads(json.dumps(asdict(config), default=str)), "eos_token_id": 2}
     path = checkpoint.save(tmp_path / "run" / "checkpoints", 6, tensors, state, keep_last=1)
     for to, which in (("one", "latest"), ("two", str(path))):
         export(ExportConfig(run=tmp_path / "run", to=tmp_path / to, checkpoint=which, dtype="fp32"))
@@ -231,7 +231,7 @@ def test_weights_of_another_model_are_refused(tiny_model, tmp_path):
     from longtrace.trainer.config import TrainConfig
 
     config = TrainConfig(model=str(tiny_model("llama")), out=tmp_path, max_tokens=512)
-    state = {"config": json.loads(json.dumps(asdict(config), default=str))}
+    state = {"config": json.loads(json.dumps(asdict(config), default=str)), "eos_token_id": 2}
     checkpoint.save(tmp_path / "checkpoints", 2, {"model.other": torch.ones(2)}, state, keep_last=1)
     assert "do not fit" in refused(run=tmp_path, to=tmp_path / "to", checkpoint="latest")
 
