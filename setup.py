@@ -14,7 +14,15 @@ from setuptools.command.build_ext import build_ext
 
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-FLAGS = {"csrc/cpu/softmax_avx2.cpp": AVX2, "csrc/cpu/softmax_avx512.cpp": AVX512}  # never -march=native
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+UNITS = {  # one instruction set each, chosen at run time; never -march=native
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+FLAGS = {f"csrc/cpu/tile_{unit}.cpp": flags for unit, flags in UNITS.items()}
 COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
@@ -27,12 +35,12 @@ def extensions() -> list[Extension]:
         from torch.utils.cpp_extension import include_paths, library_paths
     except Exception as error:  # not there, or there and broken
         return skip(f"no torch in the build environment ({error}); pip install --no-build-isolation builds them")
-    units = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+    units = list(UNITS) if platform.machine() == "x86_64" else ["baseline"]
     found = [
         Extension(
             "longtrace.kernels._C",
-            ["csrc/ops.cpp", "csrc/cpu/softmax.cpp", *(f"csrc/cpu/softmax_{unit}.cpp" for unit in units)],
-            depends=["csrc/cpu/softmax.h", "csrc/cpu/softmax.inc"],
+            ["csrc/ops.cpp", "csrc/cpu/head.cpp", "csrc/cpu/tile.cpp", *(f"csrc/cpu/tile_{unit}.cpp" for unit in units)],
+            depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc/cpu").glob(pattern)],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],

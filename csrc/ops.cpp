@@ -5,12 +5,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "cpu/softmax.h"
+#include "cpu/head.h"
 
 namespace longtrace {
 namespace {
@@ -18,96 +21,185 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows handed to a thread at least: about 16k logits, so that tiny vocabularies do not pay for the fork.
-int64_t row_grain(int64_t V) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(V, 1)); }
-
-void check_logits(const Tensor& logits, const Tensor& target) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float, "logits must be (rows, V) fp32");
-  STD_TORCH_CHECK(logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1), "logits must be dense rows");
-  STD_TORCH_CHECK(
-      target.dim() == 1 && target.size(0) == logits.size(0) && target.scalar_type() == ScalarType::Long &&
-          target.is_contiguous(),
-      "target must be (rows,) int64");
+Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::fp32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::fp16;
+    default: STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
+  }
 }
 
-const float* row_vector(const Tensor& x, int64_t rows, const char* name) {
+Matrix matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), name, " must be a matrix of dense rows");
+  return {x.const_data_ptr(), dtype_of(x, name), x.stride(0)};
+}
+
+const float* vector(const Tensor& x, int64_t size, const char* name) {
   STD_TORCH_CHECK(
-      x.dim() == 1 && x.size(0) == rows && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-      name, " must be a contiguous (rows,) fp32");
+      x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name,
+      " must be a contiguous fp32 vector of ", size);
   return x.const_data_ptr<float>();
 }
 
-int64_t checked_target(int64_t target, int64_t V) {
-  STD_TORCH_CHECK(target >= 0 && target < V, "target ", target, " is not in [0, ", V, ")");
-  return target;
+const float* vector(const std::optional<Tensor>& x, int64_t size, const char* name) {
+  return x ? vector(*x, size, name) : nullptr;
 }
 
-// (maximum, log_sum, log_prob, entropy), each (rows,); entropy is (0,) unless asked for.
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_stats(const Tensor& logits, const Tensor& target, bool entropy) {
-  check_logits(logits, target);
-  const int64_t rows = logits.size(0), V = logits.size(1), stride = logits.stride(0);
-  Tensor maximum = torch::stable::new_empty(logits, {rows}), log_sum = torch::stable::new_empty(logits, {rows});
-  Tensor log_prob = torch::stable::new_empty(logits, {rows});
-  Tensor ent = torch::stable::new_empty(logits, {entropy ? rows : 0});
-  const float* z = logits.const_data_ptr<float>();
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  float *m = maximum.mutable_data_ptr<float>(), *s = log_sum.mutable_data_ptr<float>();
-  float *p = log_prob.mutable_data_ptr<float>(), *h = ent.mutable_data_ptr<float>();
-  const SoftmaxKernels& kernels = softmax_kernels();
-  for (int64_t i = 0; i < rows; ++i) checked_target(y[i], V);
-  torch::stable::parallel_for(0, rows, row_grain(V), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const RowStats out = kernels.stats(z + i * stride, V, y[i], entropy);
-      m[i] = out.maximum, s[i] = out.log_sum, p[i] = out.log_prob;
-      if (entropy) h[i] = out.entropy;
-    }
-  });
-  return {maximum, log_sum, log_prob, ent};
+const int64_t* indices(const Tensor& x, int64_t size, int64_t limit, const char* name) {
+  STD_TORCH_CHECK(
+      x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Long && x.is_contiguous(), name,
+      " must be a contiguous int64 vector of ", size);
+  const int64_t* at = x.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < size; ++i)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, name, " ", at[i], " is not in [0, ", limit, ")");
+  return at;
 }
 
-// logits <- a p - b 1[v = target] - e p (log p + entropy), in place; e comes with entropy or not at all.
-void dlogits_(
-    const Tensor& logits,
-    const Tensor& target,
-    const Tensor& maximum,
-    const Tensor& log_sum,
-    const Tensor& a,
-    const Tensor& b,
-    const std::optional<Tensor>& entropy,
-    const std::optional<Tensor>& e) {
-  check_logits(logits, target);
-  const int64_t rows = logits.size(0), V = logits.size(1), stride = logits.stride(0);
-  STD_TORCH_CHECK(e.has_value() <= entropy.has_value(), "e needs entropy");
-  const float *m = row_vector(maximum, rows, "maximum"), *s = row_vector(log_sum, rows, "log_sum");
-  const float *pa = row_vector(a, rows, "a"), *pb = row_vector(b, rows, "b");
-  const float* h = e ? row_vector(*entropy, rows, "entropy") : nullptr;
-  const float* pe = e ? row_vector(*e, rows, "e") : nullptr;
-  float* z = logits.mutable_data_ptr<float>();
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  const SoftmaxKernels& kernels = softmax_kernels();
-  for (int64_t i = 0; i < rows; ++i) checked_target(y[i], V);
-  torch::stable::parallel_for(0, rows, row_grain(V), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.dlogits(z + i * stride, V, y[i], {m[i], s[i], 0, pe ? h[i] : 0}, pa[i], pb[i], pe ? pe[i] : 0);
-  });
+void for_each(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { f(begin, end); });
 }
 
-std::string cpu_capability() { return softmax_kernels().name; }
+struct Call {
+  const TileKernels& k;
+  Matrix h, weight;
+  int64_t n, H, V;
+  head::Transform transform;
+  const int64_t* target;
+};
+
+Call head_call(
+    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, double logit_scale,
+    double softcap, double temperature) {
+  const Matrix a = matrix(h, "h"), b = matrix(weight, "weight");
+  const int64_t n = h.size(0), H = h.size(1), V = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) == H && a.dtype == b.dtype, "h and weight must agree in width and dtype");
+  const head::Transform t{float(logit_scale), float(softcap), float(temperature), vector(bias, V, "bias")};
+  return {tile_kernels(a.dtype), a, b, n, H, V, t, indices(target, n, V, "target")};
+}
+
+ScalarType operand_type(const TileKernels& k) { return k.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
+
+Tensor new_vector(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Float); }
+
+// Uninitialised (V, row_stride(n)); huge pages spare a page fault every 4 KB.
+Tensor new_g(const Tensor& h, const Call& c, bool wanted) {
+  Tensor g = torch::stable::new_empty(h, {wanted ? c.V : 0, head::row_stride(c.n)}, operand_type(c.k));
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(g.mutable_data_ptr()), first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + size_t(g.numel()) * (c.k.bf16 ? 2 : 4)) / page * page;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return g;
+}
+
+const TileKernels& kernels_of(const Tensor& g) {
+  const TileKernels& k = tile_kernels(g.scalar_type() == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::fp32);
+  STD_TORCH_CHECK(g.scalar_type() == operand_type(k) && g.dim() == 2 && g.stride(1) == 1, "g is not an operand matrix");
+  return k;
+}
+
+// (maximum, log_sum, log_prob, entropy, mass, slope, scale), each (n,), and g (V, row_stride(n)); entropy and g are empty
+// unless asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
+    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, double logit_scale,
+    double softcap, double temperature, bool entropy, bool keep) {
+  const Call c = head_call(h, weight, bias, target, logit_scale, softcap, temperature);
+  Tensor maximum = new_vector(h, c.n), log_sum = new_vector(h, c.n), log_prob = new_vector(h, c.n);
+  Tensor ent = new_vector(h, entropy ? c.n : 0), mass = new_vector(h, c.n), slope = new_vector(h, c.n);
+  Tensor scale = new_vector(h, c.n);
+  Tensor g = new_g(h, c, keep);
+  const head::TokenStats out{
+      maximum.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>(), log_prob.mutable_data_ptr<float>(),
+      entropy ? ent.mutable_data_ptr<float>() : nullptr, mass.mutable_data_ptr<float>(), slope.mutable_data_ptr<float>(),
+      scale.mutable_data_ptr<float>()};
+  if (c.n)
+    head::forward(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, out, keep ? g.mutable_data_ptr() : nullptr, for_each);
+  return {maximum, log_sum, log_prob, ent, mass, slope, scale, g};
+}
+
+// g (V, padded n) = p (a - e (log p + entropy)) times the softcap's derivative, 0 at the targets.
+Tensor head_gradient(
+    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, double logit_scale,
+    double softcap, double temperature, const Tensor& maximum, const Tensor& log_sum, const Tensor& a, const Tensor& e,
+    const Tensor& entropy) {
+  const Call c = head_call(h, weight, bias, target, logit_scale, softcap, temperature);
+  Tensor g = new_g(h, c, true);
+  const head::TokenCoefficients with{
+      vector(maximum, c.n, "maximum"), vector(log_sum, c.n, "log_sum"), vector(a, c.n, "a"), vector(e, c.n, "e"),
+      vector(entropy, c.n, "entropy")};
+  if (c.n)
+    head::gradient(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, with, g.mutable_data_ptr(), for_each);
+  return g;
+}
+
+// (n, N) fp32 = scale * g^T @ right[rows], right (V, N) with rows (F,) or all of its rows in order.
+Tensor head_dh(
+    const Tensor& g, const Tensor& right, const std::optional<Tensor>& rows, int64_t n, const std::optional<Tensor>& scale) {
+  const TileKernels& k = kernels_of(g);
+  Matrix m = matrix(right, "right");
+  const int64_t F = g.size(0), N = right.size(1);
+  if (rows) m.rows = indices(*rows, F, right.size(0), "rows");
+  STD_TORCH_CHECK((rows || F == right.size(0)) && g.size(1) >= head::padded_tokens(n), "g does not fit right or n");
+  Tensor out = torch::stable::new_empty(g, {n, N}, ScalarType::Float);
+  if (n)
+    head::dh(k, g.const_data_ptr(), g.stride(0), F, n, m, N, vector(scale, n, "scale"), out.mutable_data_ptr<float>(), for_each);
+  return out;
+}
+
+// out[rows] = or += g @ (scale * right), right (n, N), out fp32 (V, N); rows distinct, (F,), or all of out's in order.
+void head_dw_(
+    const Tensor& out, const Tensor& g, const Tensor& right, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& rows, bool add) {
+  const TileKernels& k = kernels_of(g);
+  const int64_t F = g.size(0), n = right.size(0), N = right.size(1);
+  STD_TORCH_CHECK(
+      out.dim() == 2 && out.size(1) == N && out.scalar_type() == ScalarType::Float && (out.stride(1) == 1 || N <= 1),
+      "out must be fp32 rows as wide as right");
+  STD_TORCH_CHECK((rows || F == out.size(0)) && g.size(1) >= head::padded_tokens(n), "g does not fit out or right");
+  const int64_t* at = rows ? indices(*rows, F, out.size(0), "rows") : nullptr;
+  if (F)
+    head::dw(
+        k, g.const_data_ptr(), g.stride(0), F, n, matrix(right, "right"), N, vector(scale, n, "scale"),
+        out.mutable_data_ptr<float>(), out.stride(0), at, add, for_each);
+}
+
+// (F,) = max_i scale[i] g[v, i]
+Tensor head_column_max(const Tensor& g, const Tensor& scale) {
+  const TileKernels& k = kernels_of(g);
+  const int64_t n = scale.size(0);
+  STD_TORCH_CHECK(g.size(1) >= head::padded_tokens(n), "g does not fit scale");
+  Tensor out = new_vector(g, g.size(0));
+  head::column_max(
+      k, g.const_data_ptr(), g.stride(0), g.size(0), n, vector(scale, n, "scale"), out.mutable_data_ptr<float>(), for_each);
+  return out;
+}
+
+std::string cpu_capability() { return tile_kernels(Dtype::bf16).name; }
 
 }  // namespace
 }  // namespace longtrace
 
 STABLE_TORCH_LIBRARY(longtrace, m) {
-  m.def("softmax_stats(Tensor logits, Tensor target, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "dlogits_(Tensor(a!) logits, Tensor target, Tensor maximum, Tensor log_sum, Tensor a, Tensor b, "
-      "Tensor? entropy, Tensor? e) -> ()");
+      "head_forward(Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, float softcap, "
+      "float temperature, bool entropy, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "head_gradient(Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, float softcap, "
+      "float temperature, Tensor maximum, Tensor log_sum, Tensor a, Tensor e, Tensor entropy) -> Tensor");
+  m.def("head_dh(Tensor g, Tensor right, Tensor? rows, int n, Tensor? scale) -> Tensor");
+  m.def("head_dw_(Tensor(a!) out, Tensor g, Tensor right, Tensor? scale, Tensor? rows, bool add) -> ()");
+  m.def("head_column_max(Tensor g, Tensor scale) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longtrace, CPU, m) {
-  m.impl("softmax_stats", TORCH_BOX(&longtrace::softmax_stats));
-  m.impl("dlogits_", TORCH_BOX(&longtrace::dlogits_));
+  m.impl("head_forward", TORCH_BOX(&longtrace::head_forward));
+  m.impl("head_gradient", TORCH_BOX(&longtrace::head_gradient));
+  m.impl("head_dh", TORCH_BOX(&longtrace::head_dh));
+  m.impl("head_dw_", TORCH_BOX(&longtrace::head_dw_));
+  m.impl("head_column_max", TORCH_BOX(&longtrace::head_column_max));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longtrace, CompositeExplicitAutograd, m) {

@@ -15,8 +15,7 @@ def rows() -> list[tuple[str, str, str]]:
     attention = choose(device, torch.bfloat16)
     return [
         ("pack", packing.BACKEND, packing.WHY),
-        ("head GEMM", *head.gemm_backend(device)),
-        ("head softmax", *head.softmax_backend(device)),
+        ("head", *head.describe(device)),
         ("varlen_attention", *attention),
     ]
 

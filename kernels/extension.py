@@ -21,21 +21,40 @@ def _load(library: Path) -> tuple[bool, str]:
         return False, "longtrace.kernels._C was not built (no compiler, or no torch at build time: docs/install.md)"
     try:
         torch.ops.load_library(library)
-        torch.ops.longtrace.softmax_stats  # noqa: B018  (raises AttributeError if the library is not ours)
+        torch.ops.longtrace.head_forward  # noqa: B018  (raises AttributeError if the library is not ours)
     except (OSError, AttributeError, RuntimeError) as error:
         return False, f"longtrace.kernels._C does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return True, f"longtrace.kernels._C ({library})"
 
 
 LOADED, WHY = _load(LIBRARY)
+BF16_OPERANDS = LOADED and torch.ops.longtrace.cpu_capability() in ("avx512_bf16", "amx")
 
 if LOADED:
 
-    @torch.library.register_fake("longtrace::softmax_stats")
-    def _(logits, target, entropy):
-        rows = logits.shape[0]
-        return tuple(logits.new_empty(n) for n in (rows, rows, rows, rows if entropy else 0))
+    def _operands(h: torch.Tensor, rows: int) -> torch.Tensor:
+        dtype = torch.bfloat16 if BF16_OPERANDS and h.dtype == torch.bfloat16 else torch.float32
+        panels = (h.shape[0] + 31) // 32
+        return h.new_empty(rows, (panels | 1) * 32, dtype=dtype)  # an odd number of panels: see row_stride in csrc
 
-    @torch.library.register_fake("longtrace::dlogits_")
-    def _(logits, target, maximum, log_sum, a, b, entropy, e):
+    @torch.library.register_fake("longtrace::head_forward")
+    def _(h, weight, bias, target, logit_scale, softcap, temperature, entropy, keep):
+        n = h.shape[0]
+        vectors = [h.new_empty(size, dtype=torch.float32) for size in (n, n, n, n if entropy else 0, n, n, n)]
+        return (*vectors, _operands(h, weight.shape[0] if keep else 0))
+
+    @torch.library.register_fake("longtrace::head_gradient")
+    def _(h, weight, bias, target, logit_scale, softcap, temperature, maximum, log_sum, a, e, entropy):
+        return _operands(h, weight.shape[0])
+
+    @torch.library.register_fake("longtrace::head_dh")
+    def _(g, right, rows, n, scale):
+        return g.new_empty(n, right.shape[1], dtype=torch.float32)
+
+    @torch.library.register_fake("longtrace::head_dw_")
+    def _(out, g, right, scale, rows, add):
         return None
+
+    @torch.library.register_fake("longtrace::head_column_max")
+    def _(g, scale):
+        return g.new_empty(g.shape[0], dtype=torch.float32)

@@ -65,7 +65,7 @@ def _compare(ours, exact, dtype: torch.dtype) -> tuple[float, bool]:
 def _head(device, dtype, input, weight, target, coefficient) -> list[tuple[str, str, float, bool]]:
     ours, exact = _leaves(device, dtype, input, weight)
     target, c = target.to(device), coefficient.to(device)
-    name = f"{head_backend.softmax_backend(device)[0]} {str(dtype).removeprefix('torch.')}"
+    name = f"{head_backend.describe(device)[0]} {str(dtype).removeprefix('torch.')}"
     log_p, entropy, _ = head_reference.log_prob(*exact, target)
     rows = []
 

@@ -127,18 +127,17 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _Head(torch.autograd.Function):
-    """Allocates what `linear_weighted_nll` allocates: logits of a chunk, fp32 gradients taken in the forward."""
+    """Allocates what `linear_weighted_nll` allocates: a chunk's workspace, fp32 gradients taken in the forward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, budget_mb, device):
-        rows = plan_chunks(len(hidden), hidden.shape[1], len(weight), hidden.dtype, budget_mb, device).rows
-        logits = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
-        wide = weight.to(torch.float32) if device == "cpu" else None  # the CPU GEMM holds its operands in fp32
+        chunks = plan_chunks(len(hidden), hidden.shape[1], len(weight), hidden.dtype, budget_mb, device)
+        workspace = hidden.new_empty(chunks.workspace_bytes, dtype=torch.uint8)
         d_hidden = torch.empty_like(hidden, dtype=torch.float32)
         d_weight = torch.empty_like(weight, dtype=torch.float32) if weight.requires_grad else None
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = hidden.dtype
-        del logits, wide
+        del workspace
         return hidden.new_empty(())
 
     @staticmethod
@@ -213,11 +212,10 @@ def plan_memory(
         model, config.tokens_per_row, accumulate=accumulate, budget_mb=config.head_budget_mb or None, device=device
     )
     weight = model.base.get_output_embeddings().weight
-    rows = plan_chunks(
+    chunks = plan_chunks(
         config.tokens_per_row, weight.shape[1], len(weight), dtype, config.head_budget_mb or None, device
     )
-    head = 4 * min(rows.rows, config.tokens_per_row) * len(weight)
-    head += 4 * weight.numel() * (bool(weight.requires_grad) + (device == "cpu"))
+    head = chunks.workspace_bytes + 4 * weight.numel() * bool(weight.requires_grad)
     memory = Memory(
         weights=total * dtype.itemsize,
         masters=0 if dtype == torch.float32 else 4 * trained,

@@ -1,21 +1,21 @@
 """The exact head over chunks of rows: gradients in the forward (6THV) or by one recompute in the backward (8THV).
 
 `WeightedLoss` serves losses whose per-token coefficient is known up front; `TokenValues` hands out differentiable
-per-token values. Both share `_Pass`, which owns the chunk loop; the maths of a chunk is in `epilogue.py`.
+per-token values. Both share `Walk`, which owns the chunk loop; what happens inside a chunk is an engine's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from longtrace.kernels.head import backend
+from longtrace.kernels.head.engine import Matrix, put_targets
 from longtrace.kernels.head.epilogue import RowStats
-from longtrace.kernels.head.gemm import HeadGemm
-from longtrace.kernels.head.plan import plan_chunks
 from longtrace.kernels.head.spec import Transform, compute_dtype
 
 
@@ -31,33 +31,76 @@ class Loss:
     smooth: bool  # also return sum_v weight_v log p_v
     budget_mb: float | None
 
+    @property
+    def elementwise(self) -> bool:
+        """Label smoothing under a softcap touches every logit by itself; all else reduces to rows."""
+        return self.smooth and self.transform.softcap is not None
+
 
 @dataclass
-class _Chunk:
-    """One chunk of kept rows: `index` into the T rows, padded operands and logits, unpadded row statistics."""
+class Chunk:
+    """One chunk of kept rows: `index` into the T rows (None: a plain slice), its targets and hidden states."""
 
     index: Tensor
     target: Tensor
     h: Tensor
-    logits: Tensor
-
-    def live(self) -> Tensor:
-        return self.logits[: self.index.numel()]
 
 
-class _Pass:
-    """Walks the kept rows of one call in chunks; owns the logits buffer and the gradient accumulators."""
+class Smoothing:
+    """sum_v w_v log p_v and its gradient by way of one H-vector: sum_v w_v z_v = gain h . (sum_v w_v W_v) + b . w.
+
+    Without a softcap only. Sums run in fp64: they are small, and a common offset of the logits cancels in them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, class_weight: Tensor | None, transform: Transform):
+        V, self.gain, self.temperature = weight.shape[0], transform.gain, transform.temperature
+        self.class_weight = class_weight
+        self.total = float(V) if class_weight is None else class_weight.double().sum().item()
+        self.vector = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+        for i in range(0, V, 4096):
+            part = weight[i : i + 4096].double()
+            self.vector += part.sum(0) if class_weight is None else class_weight[i : i + 4096].double() @ part
+        self.offset = 0.0
+        if bias is not None:
+            self.offset = float((bias.double() if class_weight is None else bias.double() * class_weight).sum())
+        self.pull = torch.zeros_like(self.vector)  # sum_i s_i h_i, what dW owes
+        self.mass = 0.0
+
+    def values(self, h: Tensor, stats: RowStats) -> Tensor:
+        """(n,) sum_v w_v log p_v."""
+        z = self.gain * (h.double() @ self.vector) + self.offset / self.temperature
+        lse = stats.maximum.double() + stats.log_sum
+        return (z - self.total * lse).to(stats.maximum.dtype)
+
+    def take_(self, dh: Tensor | None, h: Tensor, s: Tensor) -> None:
+        """Subtract s_i w_v from every d/dz: dh (n, H) now, dW's and the bias's share in `finish_`."""
+        if dh is not None:
+            dh.sub_((self.gain * s.double())[:, None] * self.vector)
+        self.pull += s.double() @ h.double()
+        self.mass += s.double().sum().item()
+
+    def finish_(self, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
+        w = 1.0 if self.class_weight is None else self.class_weight
+        if d_weight is not None:
+            ones = d_weight.new_ones(d_weight.shape[0])
+            d_weight.addr_(ones * w, self.pull.to(d_weight.dtype), alpha=-self.gain)
+        if d_bias is not None:
+            d_bias.sub_(w * (self.mass / self.temperature))
+
+
+class Walk:
+    """Goes over the kept rows of one call in chunks; owns the engine and the gradient accumulators."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, loss: Loss, keep: Tensor):
-        self.input, self.bias, self.target, self.loss = input, bias, target, loss
-        T, H = input.shape
-        V = weight.shape[0]
+        self.input, self.target, self.loss = input, target, loss
+        self.weight, self.bias = weight, bias
+        self.T, self.H = input.shape
+        self.V = weight.shape[0]
         self.dtype = compute_dtype(input.dtype)
         self.kept = keep.nonzero().squeeze(1)
-        self.chunks = plan_chunks(self.kept.numel(), H, V, input.dtype, loss.budget_mb, input.device.type)
-        self.gemm = HeadGemm(weight, self.chunks.block) if self.kept.numel() else None
-        self.wide_bias = None if bias is None else bias.to(self.dtype)
-        self.V, self.H, self.T = V, H, T
+        self.engine, self.chunks = backend.engine(
+            self.kept.numel(), weight, bias, loss.transform, loss.budget_mb, loss.elementwise
+        )
         self.d_input = self.d_weight = self.d_bias = None
         self.added = False
 
@@ -65,64 +108,57 @@ class _Pass:
         rows = self.kept.numel()
         return {"rows": rows, "total": self.T, "chunks": self.chunks.count(rows), "chunk_rows": self.chunks.rows}
 
-    def new_rows(self) -> Tensor:
-        return self.input.new_zeros(self.T, dtype=self.dtype)
+    def new_rows(self, fill: float = 0.0) -> Tensor:
+        return self.input.new_full((self.T,), fill, dtype=self.dtype)
 
-    def need(self, d_input: bool, d_weight: bool, d_bias: bool) -> None:
-        """Allocate the accumulators asked for, in the accumulation dtype."""
+    def need(self, d_input: bool, d_weight: bool, d_bias: bool, weight_grad: Tensor | None = None) -> None:
+        """Allocate the accumulators asked for, in the accumulation dtype; dW goes to `weight_grad` when given."""
         if d_input:
             self.d_input = self.input.new_zeros(self.T, self.H, dtype=self.dtype)
-        if d_weight:
+        if d_weight and weight_grad is not None:
+            self.d_weight, self.added = weight_grad, True
+        elif d_weight:
             new = self.input.new_empty if self.kept.numel() else self.input.new_zeros  # the first chunk overwrites
             self.d_weight = new(self.V, self.H, dtype=self.dtype)
         if d_bias:
             self.d_bias = self.input.new_zeros(self.V, dtype=self.dtype)
 
-    def __iter__(self) -> Iterator[_Chunk]:
-        if not self.kept.numel():
-            return
-        block = self.chunks.block
-        most = min(self.chunks.rows, -(-self.kept.numel() // block) * block)
-        buffer = self.input.new_empty(most, self.V, dtype=self.dtype)
-        for index in self.kept.split(self.chunks.rows):
-            padded = -(-index.numel() // block) * block
-            h = self.gemm.rows(self.input, index, padded)
-            logits = buffer[:padded]
-            self.gemm.logits(h, logits)
-            self.loss.transform.apply_(logits[: index.numel()], self.wide_bias)
-            yield _Chunk(index, self.target[index], h, logits)
+    def __iter__(self) -> Iterator[Chunk]:
+        for index in self.kept.split(self.chunks.rows) if self.kept.numel() else ():
+            yield Chunk(index, self.target[index], self.input.index_select(0, index))
 
-    def backward(self, chunk: _Chunk, stats: RowStats, a: Tensor, b: Tensor, e: Tensor | None, s: Tensor | None):
-        """Add one chunk's share to the accumulators.
+    @cached_property
+    def smoothing(self) -> Smoothing:
+        return Smoothing(self.weight, self.bias, self.class_weight, self.loss.transform)
 
-        d/dz = a p - b 1[target] - e p (log p + entropy) - s, with s (rows, 1) or (rows, V); consumes `chunk.logits`.
-        """
-        transform, live = self.loss.transform, chunk.live()
-        tanh = transform.keep_tanh(live)
-        backend.dlogits_(live, chunk.target, stats, a, b, e)
+    class_weight: Tensor | None = None
+
+    def add(self, chunk: Chunk, matrix: Matrix, s: Tensor | None = None) -> None:
+        """Add one chunk's share to the accumulators: `matrix` is d/d(final logit), `s` (n,) times w_v is taken off it."""
+        transform, engine = self.loss.transform, self.engine
+        if self.d_bias is not None:  # before the gain: db is d/d(logit_scale h.w + b)
+            ones = chunk.h.new_full((chunk.h.shape[0], 1), 1.0 / transform.temperature, dtype=self.dtype)
+            self.d_bias += engine.project(matrix, ones).squeeze(1)
+        n = chunk.h.shape[0]
+        matrix = engine.scaled(matrix, chunk.h.new_full((n,), transform.gain, dtype=self.dtype))
+        dh = engine.dh(matrix, None) if self.d_input is not None else None
         if s is not None:
-            live.sub_(s)
-        transform.derivative_(live, tanh)
-        if self.d_bias is not None:
-            self.d_bias += live.sum(0)
-        if transform.logit_scale != 1.0:
-            live.mul_(transform.logit_scale)
-        chunk.logits[chunk.index.numel() :] = 0  # padded rows carry no gradient
-        if self.d_input is not None:
-            dh = chunk.h.new_empty(chunk.h.shape, dtype=self.dtype)
-            self.gemm.dh(chunk.logits, dh)
-            self.d_input[chunk.index] = dh[: chunk.index.numel()]
+            self.smoothing.take_(dh, chunk.h, s)
+        if dh is not None:
+            self.d_input[chunk.index] = dh
         if self.d_weight is not None:
-            self.gemm.dw_(self.d_weight, chunk.logits, chunk.h, first=not self.added)
+            engine.dw_(self.d_weight, matrix, chunk.h, None, add=self.added)
             self.added = True
 
+    def finish(self) -> None:
+        """What is owed to dW and db once, after the last chunk."""
+        if "smoothing" in self.__dict__:
+            self.smoothing.finish_(self.d_weight, self.d_bias)
 
-def _smooth_sum(logits: Tensor, stats: RowStats, class_weight: Tensor | None) -> Tensor:
-    """sum_v weight_v log p_v of each row."""
-    shifted = logits - stats.maximum[:, None]
-    if class_weight is None:
-        return shifted.sum(1) - stats.log_sum * logits.shape[1]
-    return shifted @ class_weight - stats.log_sum * class_weight.sum()
+
+def target_value(a: Tensor, b: Tensor, log_prob: Tensor) -> Tensor:
+    """a p - b at the target, without cancellation when p is close to 1 and a to b."""
+    return a * torch.expm1(log_prob) + (a - b)
 
 
 class WeightedLoss(torch.autograd.Function):
@@ -132,19 +168,22 @@ class WeightedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, coefficient, class_weight, loss: Loss, grad: bool):
+    def forward(ctx, input, weight, bias, target, coefficient, class_weight, weight_grad, loss: Loss, grad: bool):
         needs = [grad and ctx.needs_input_grad[i] for i in range(3)]
+        needs[1] |= grad and weight_grad is not None
         with torch.autocast(input.device.type, enabled=False):
             keep = (target != loss.ignore_index) & (coefficient != 0)
-            walk = _Pass(input, weight, bias, target, loss, keep)
+            walk = Walk(input, weight, bias, target, loss, keep)
             walk.need(*needs)
+            walk.class_weight = class_weight
             log_prob, lse = walk.new_rows(), walk.new_rows()
             entropy = walk.new_rows() if loss.entropy else None
             total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
             eps, V = loss.label_smoothing, walk.V
             all_weight = float(V) if class_weight is None else class_weight.sum()
             for chunk in walk:
-                stats = backend.softmax_stats(chunk.live(), chunk.target, loss.entropy)
+                out = walk.engine.forward(chunk.h, chunk.target, loss.entropy, any(needs) and not loss.elementwise)
+                stats = out.stats
                 c = coefficient[chunk.index].to(walk.dtype)
                 w = torch.ones_like(c) if class_weight is None else class_weight[chunk.target]
                 row_lse = stats.maximum + stats.log_sum
@@ -153,7 +192,8 @@ class WeightedLoss(torch.autograd.Function):
                     entropy[chunk.index] = stats.entropy
                 value = -(1 - eps) * w * stats.log_prob
                 if eps:
-                    value = value - eps / V * _smooth_sum(chunk.live(), stats, class_weight)
+                    smooth = smooth_values(walk, chunk, stats)
+                    value = value - eps / V * smooth
                 if loss.z_loss:
                     value = value + loss.z_loss * row_lse.square()
                 total += (c.to(total.dtype) * value.to(total.dtype)).sum()
@@ -161,10 +201,18 @@ class WeightedLoss(torch.autograd.Function):
                     b = c * (1 - eps) * w
                     a = b if not eps else b + c * (eps / V) * all_weight
                     a = a if not loss.z_loss else a + c * 2 * loss.z_loss * row_lse
-                    s = None if not eps else _smooth_rows(c * (eps / V), class_weight)
-                    walk.backward(chunk, stats, a, b, None, s)
+                    s = c * (eps / V) if eps else None
+                    if loss.elementwise:
+                        walk.add(chunk, elementwise_gradient(walk, chunk, out.slope, stats, a, b, None, s))
+                        continue
+                    tau = target_value(a, b, stats.log_prob)
+                    a = torch.where(a == 0, 1e-6 * b, a)  # z_loss may cancel a; the targets' entries are divided by it
+                    matrix = walk.engine.scaled(out.matrix, a)
+                    put_targets(matrix, chunk.target, tau if out.slope is None else tau * out.slope)
+                    walk.add(chunk, matrix, s)
+            walk.finish()
         ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.weight_grad = input.dtype, weight_grad
         ctx.set_materialize_grads(False)
         outputs = (total.to(walk.dtype), log_prob, entropy, lse)
         ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
@@ -174,12 +222,15 @@ class WeightedLoss(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         _refuse_double_backward()
         grads = []
-        for saved in ctx.saved_tensors:  # scaled out of place (the graph may be used again) and rounded once
+        for i, saved in enumerate(ctx.saved_tensors):
             if saved is None or upstream is None:
                 grads.append(None)
-            else:
+            elif i == 1 and ctx.weight_grad is not None:
+                ctx.weight_grad.add_(saved * upstream)
+                grads.append(None)
+            else:  # scaled out of place (the graph may be used again) and rounded once
                 grads.append(_scaled(saved, upstream, ctx.dtype))
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 def _refuse_double_backward() -> None:
@@ -199,8 +250,25 @@ def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _smooth_rows(per_row: Tensor, class_weight: Tensor | None) -> Tensor:
-    return per_row[:, None] if class_weight is None else per_row[:, None] * class_weight
+def smooth_values(walk: Walk, chunk: Chunk, stats: RowStats) -> Tensor:
+    """(n,) sum_v w_v log p_v."""
+    if walk.loss.elementwise:
+        return walk.engine.smooth_sum(chunk.h, stats, walk.class_weight)
+    return walk.smoothing.values(chunk.h, stats)
+
+
+def elementwise_gradient(walk, chunk, slope, stats, a, b, e, s) -> Matrix:
+    """d/d(final logit) where label smoothing meets a softcap: logits again, every entry by itself."""
+    spread = s[:, None] if walk.class_weight is None else s[:, None] * walk.class_weight
+    matrix = walk.engine.gradient(chunk.h, chunk.target, stats, a, e, spread)
+    tau = target_value(a, b, stats.log_prob) - (s if walk.class_weight is None else s * walk.class_weight[chunk.target])
+    put_targets(matrix, chunk.target, (tau - bend(e, stats)) * slope)
+    return matrix
+
+
+def bend(e: Tensor | None, stats: RowStats) -> Tensor | float:
+    """e p (log p + entropy) at the target."""
+    return 0.0 if e is None else e * stats.log_prob.exp() * (stats.log_prob.clamp(min=-1e30) + stats.entropy)
 
 
 class TokenValues(torch.autograd.Function):
@@ -210,51 +278,64 @@ class TokenValues(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, class_weight, loss: Loss):
+    def forward(ctx, input, weight, bias, target, class_weight, weight_grad, loss: Loss):
         with torch.autocast(input.device.type, enabled=False):
-            walk = _Pass(input, weight, bias, target, loss, target != loss.ignore_index)
+            walk = Walk(input, weight, bias, target, loss, target != loss.ignore_index)
+            walk.class_weight = class_weight
             maximum, log_sum, log_prob = walk.new_rows(), walk.new_rows(), walk.new_rows()
+            slope = walk.new_rows(1.0)
             entropy = walk.new_rows() if loss.entropy else None
             smooth = walk.new_rows() if loss.smooth else None
             for chunk in walk:
-                stats = backend.softmax_stats(chunk.live(), chunk.target, loss.entropy)
+                out = walk.engine.forward(chunk.h, chunk.target, loss.entropy, False)
+                stats = out.stats
                 maximum[chunk.index], log_sum[chunk.index] = stats.maximum, stats.log_sum
                 log_prob[chunk.index] = stats.log_prob
+                if out.slope is not None:
+                    slope[chunk.index] = out.slope
                 if entropy is not None:
                     entropy[chunk.index] = stats.entropy
                 if smooth is not None:
-                    smooth[chunk.index] = _smooth_sum(chunk.live(), stats, class_weight)
-        ctx.save_for_backward(input, weight, bias, target, class_weight, maximum, log_sum, entropy)
-        ctx.loss = loss
+                    smooth[chunk.index] = smooth_values(walk, chunk, stats)
+        ctx.save_for_backward(input, weight, bias, target, class_weight, maximum, log_sum, log_prob, slope, entropy)
+        ctx.loss, ctx.weight_grad = loss, weight_grad
         ctx.set_materialize_grads(False)
-        return log_prob, entropy, maximum + log_sum, smooth, walk.stats()
+        return log_prob.clone(), entropy, maximum + log_sum, smooth, walk.stats()
 
     @staticmethod
     def backward(ctx, g_log_prob, g_entropy, g_lse, g_smooth, _):
         _refuse_double_backward()
-        input, weight, bias, target, class_weight, maximum, log_sum, entropy = ctx.saved_tensors
+        input, weight, bias, target, class_weight, maximum, log_sum, log_prob, slope, entropy = ctx.saved_tensors
         loss = ctx.loss
         upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]
         if not upstream:
-            return (None,) * 6
+            return (None,) * 7
+        needs = list(ctx.needs_input_grad[:3])
+        needs[1] |= ctx.weight_grad is not None
         with torch.autocast(input.device.type, enabled=False):
             keep = torch.zeros_like(target, dtype=torch.bool)
             for g in upstream:
                 keep |= g != 0
-            walk = _Pass(input, weight, bias, target, loss, keep & (target != loss.ignore_index))
-            walk.need(*ctx.needs_input_grad[:3])
-            V = walk.V
-            all_weight = float(V) if class_weight is None else class_weight.sum()
-            zero = walk.new_rows()
+            walk = Walk(input, weight, bias, target, loss, keep & (target != loss.ignore_index))
+            walk.need(*needs, ctx.weight_grad)
+            walk.class_weight = class_weight
+            all_weight = float(walk.V) if class_weight is None else class_weight.sum()
             # d log_prob/dz = 1[y] - p, d lse/dz = p, d smooth/dz = weight - (sum weight) p
-            b = zero if g_log_prob is None else -g_log_prob
+            b = walk.new_rows() if g_log_prob is None else -g_log_prob
             a = b if g_lse is None else b + g_lse
             a = a if g_smooth is None else a - g_smooth * all_weight
             for chunk in walk:
                 i = chunk.index
-                stats = RowStats(maximum[i], log_sum[i], zero[i], None if entropy is None else entropy[i])
+                stats = RowStats(maximum[i], log_sum[i], log_prob[i], None if entropy is None else entropy[i])
                 e = None if g_entropy is None else g_entropy[i]
-                s = None if g_smooth is None else _smooth_rows(-g_smooth[i], class_weight)
-                walk.backward(chunk, stats, a[i], b[i], e, s)
-        grads = (walk.d_input, walk.d_weight, walk.d_bias)
-        return (*(None if g is None else g.to(input.dtype) for g in grads), None, None, None)
+                s = None if g_smooth is None else -g_smooth[i]
+                if loss.elementwise and s is not None:
+                    walk.add(chunk, elementwise_gradient(walk, chunk, slope[i], stats, a[i], b[i], e, s))
+                    continue
+                matrix = walk.engine.gradient(chunk.h, chunk.target, stats, a[i], e)
+                tau = target_value(a[i], b[i], stats.log_prob) - bend(e, stats)
+                put_targets(matrix, chunk.target, tau * slope[i])
+                walk.add(chunk, matrix, s)
+            walk.finish()
+        grads = [walk.d_input, None if ctx.weight_grad is not None else walk.d_weight, walk.d_bias]
+        return (*(None if g is None else g.to(input.dtype) for g in grads), None, None, None, None)

@@ -9,9 +9,13 @@ from longtrace.kernels.head.chunked import Loss, TokenValues, WeightedLoss
 from longtrace.kernels.head.spec import LogProbs, Transform, check, compute_dtype
 
 
-def _exact(grad: str) -> None:
+def _options(grad: str, weight: Tensor, weight_grad: Tensor | None) -> None:
     if grad != "exact":
         raise ValueError(f"grad = {grad!r}; accepted: 'exact'")
+    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32):
+        raise ValueError(
+            f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}; accepted: float32 {tuple(weight.shape)}"
+        )
 
 
 @torch.compiler.disable
@@ -28,6 +32,7 @@ def linear_weighted_nll(
     temperature: float = 1.0,
     entropy: bool = False,
     grad: str = "exact",
+    weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> tuple[Tensor, LogProbs]:
     """sum_i coefficient_i * nll_i, with the gradients taken in the forward chunk: 6 T H V FLOPs, no logits kept.
@@ -40,6 +45,8 @@ def linear_weighted_nll(
             Rows with coefficient 0 leave before the GEMM: they cost nothing.
         logit_scale, softcap, temperature: log p = log_softmax(softcap(logit_scale * h.w + b) / temperature).
         entropy: also return each row's entropy (detached).
+        weight_grad: (V, H) fp32 buffer that the backward adds linear_weight's gradient to, in fp32 and never rounded;
+            linear_weight itself then gets none. At least one input must require grad.
         budget_mb: bound on the logits buffer; default LONGTRACE_HEAD_BUDGET_MB, else 256 (CPU) or 1024 (CUDA).
 
     Returns:
@@ -53,12 +60,12 @@ def linear_weighted_nll(
     Under torch.no_grad() only the forward GEMM runs. Gradients are held in fp32 until the backward, scaled by the
     upstream scalar and rounded once.
     """
-    _exact(grad)
+    _options(grad, linear_weight, weight_grad)
     transform = Transform(logit_scale, softcap, temperature)
     h, weight, bias, flat = check(input, linear_weight, target, linear_bias, coefficient, ignore_index)
     loss = Loss(transform, ignore_index, 0.0, 0.0, entropy, False, budget_mb)
     total, log_prob, ent, lse, stats = WeightedLoss.apply(
-        h, weight, bias, flat, coefficient.reshape(-1), None, loss, torch.is_grad_enabled()
+        h, weight, bias, flat, coefficient.reshape(-1), None, weight_grad, loss, torch.is_grad_enabled()
     )
     shape = target.shape
     return total, LogProbs(log_prob.view(shape), None if ent is None else ent.view(shape), lse.view(shape), stats)
@@ -77,6 +84,7 @@ def linear_log_prob(
     temperature: float = 1.0,
     entropy: bool = False,
     grad: str = "exact",
+    weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> LogProbs:
     """log p(target), optionally the entropy, and the log-sum-exp of each row, differentiable: 8 T H V FLOPs.
@@ -86,11 +94,11 @@ def linear_log_prob(
     Arguments and errors as `linear_weighted_nll`. Returns LogProbs shaped like `target`, fp32 (fp64 for fp64 inputs);
     `ignore_index` rows read 0 and get no gradient.
     """
-    _exact(grad)
+    _options(grad, linear_weight, weight_grad)
     transform = Transform(logit_scale, softcap, temperature)
     h, weight, bias, flat = check(input, linear_weight, target, linear_bias, None, ignore_index)
     loss = Loss(transform, ignore_index, 0.0, 0.0, entropy, False, budget_mb)
-    log_prob, ent, lse, _, stats = TokenValues.apply(h, weight, bias, flat, None, loss)
+    log_prob, ent, lse, _, stats = TokenValues.apply(h, weight, bias, flat, None, weight_grad, loss)
     shape = target.shape
     return LogProbs(log_prob.view(shape), None if ent is None else ent.view(shape), lse.view(shape), stats)
 
@@ -111,6 +119,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     z_loss: float = 0.0,
     grad: str = "exact",
+    weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`, logits never whole.
@@ -125,7 +134,7 @@ def linear_cross_entropy(
         a scalar, or losses shaped like `target` for "none"; fp32 (fp64 for fp64 inputs), where torch's own returns
         bf16 for bf16 inputs. A batch with no valid target gives 0, not NaN.
     """
-    _exact(grad)
+    _options(grad, linear_weight, weight_grad)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}; accepted: 'none', 'mean', 'sum'")
     if not 0.0 <= label_smoothing < 1.0:
@@ -141,7 +150,7 @@ def linear_cross_entropy(
     loss = Loss(transform, ignore_index, label_smoothing, z_loss, False, smooth, budget_mb)
     valid = flat != ignore_index
     if reduction == "none":
-        log_prob, _, lse, smoothed, _ = TokenValues.apply(h, matrix, bias, flat, class_weight, loss)
+        log_prob, _, lse, smoothed, _ = TokenValues.apply(h, matrix, bias, flat, class_weight, weight_grad, loss)
         values = -(1 - label_smoothing) * log_prob
         if class_weight is not None:
             values = values * class_weight[flat.where(valid, 0)]
@@ -155,4 +164,7 @@ def linear_cross_entropy(
         weights = coefficient if class_weight is None else coefficient * class_weight[flat.where(valid, 0)]
         total = weights.sum()
         coefficient = coefficient / torch.where(total == 0, 1.0, total)
-    return WeightedLoss.apply(h, matrix, bias, flat, coefficient, class_weight, loss, torch.is_grad_enabled())[0]
+    out = WeightedLoss.apply(
+        h, matrix, bias, flat, coefficient, class_weight, weight_grad, loss, torch.is_grad_enabled()
+    )
+    return out[0]

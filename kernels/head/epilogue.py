@@ -44,8 +44,8 @@ def softmax_stats(logits: Tensor, target: Tensor, entropy: bool) -> RowStats:
     return RowStats(maximum, log_sum, log_prob.sub_(log_sum), ent)
 
 
-def dlogits_(logits: Tensor, target: Tensor, stats: RowStats, a: Tensor, b: Tensor, e: Tensor | None) -> None:
-    """logits <- a p - b 1[v = target] - e p (log p + entropy), in place; a, b, e are per row."""
+def gradient_(logits: Tensor, stats: RowStats, a: Tensor, e: Tensor | None) -> None:
+    """logits <- p (a - e (log p + entropy)), in place; a, e are per row."""
     slices = _slices(logits)
     for i in slices:
         rows = slice(i, i + slices.step)
@@ -55,4 +55,3 @@ def dlogits_(logits: Tensor, target: Tensor, stats: RowStats, a: Tensor, b: Tens
         else:
             bend = torch.special.entr(p).sub_(p * stats.entropy[rows, None]).mul_(e[rows, None])
             p.mul_(a[rows, None]).add_(bend)
-        p.scatter_add_(1, target[rows, None], b[rows, None].neg())

@@ -34,7 +34,6 @@ class HeadGemm:
     """logits = h W^T, dh = dz W, dW += dz^T h for one weight (V, H) of bf16, fp16, fp32 or fp64."""
 
     def __init__(self, weight: Tensor, block: int):
-        self.dtype = weight.dtype
         self.accumulate = compute_dtype(weight.dtype)
         self.block = block
         self.narrow = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
@@ -42,37 +41,36 @@ class HeadGemm:
         self.fast = on_cpu and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
         self.weight = weight if self.narrow else weight.to(self.accumulate)
 
-    def rows(self, input: Tensor, index: Tensor, padded: int) -> Tensor:
-        """`input[index]` in the operand dtype, followed by zero rows up to `padded`."""
-        out = input.new_zeros(padded, input.shape[1], dtype=self.weight.dtype)
-        out[: index.numel()] = input.index_select(0, index)
-        return out
+    def logits(self, h: Tensor) -> Tensor:
+        """(n, V) = h (n, H) W^T, accumulated and returned in fp32 (fp64 for fp64)."""
+        return self._blocks(h, self.weight.t())
 
-    def logits(self, h: Tensor, out: Tensor) -> None:
-        """out (rows, V) = h (rows, H) W^T; rows is a multiple of the block."""
-        with bf16_dot_products(self.fast):
-            for i in range(0, h.shape[0], self.block):
-                self._mm(h[i : i + self.block], self.weight.t(), out[i : i + self.block])
+    def dh(self, dz: Tensor, columns: Tensor | None = None) -> Tensor:
+        """(n, H) = dz (n, V) W, or W's rows `columns`; on CUDA dz is rounded to the operand dtype, as autograd does."""
+        return self._blocks(dz, self.weight if columns is None else self.weight.index_select(0, columns))
 
-    def dh(self, dz: Tensor, out: Tensor) -> None:
-        """out (rows, H) = dz (rows, V) W; on CUDA dz is rounded to the operand dtype first, as autograd does."""
-        dz = dz.to(self.weight.dtype)
-        with bf16_dot_products(self.fast):
-            for i in range(0, dz.shape[0], self.block):
-                self._mm(dz[i : i + self.block], self.weight, out[i : i + self.block])
-
-    def dw_(self, accumulator: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
-        """accumulator (V, H) += dz^T h in fp32 (fp64 for fp64); the first product overwrites what was there."""
-        beta = 0.0 if first else 1.0
+    def dw_(self, accumulator: Tensor, dz: Tensor, h: Tensor, add: bool) -> None:
+        """accumulator (V, H) = or += dz (V, n) h (n, H)."""
+        beta = 1.0 if add else 0.0
+        dz, h = dz.to(self.weight.dtype), h.to(self.weight.dtype)
         if self.narrow:
-            dz = dz.to(h.dtype)
-            torch.addmm(accumulator, dz.t(), h, beta=beta, out_dtype=self.accumulate, out=accumulator)
+            torch.addmm(accumulator, dz, h, beta=beta, out_dtype=self.accumulate, out=accumulator)
             return
         with bf16_dot_products(self.fast):
-            accumulator.addmm_(dz.t(), h, beta=beta)
+            accumulator.addmm_(dz, h, beta=beta)
 
-    def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        if self.narrow:
-            torch.mm(a, b, out_dtype=self.accumulate, out=out)
-        else:
-            torch.mm(a, b, out=out)
+    def _blocks(self, rows: Tensor, right: Tensor) -> Tensor:
+        """rows @ right, `block` rows a call, the last ones filled up with zero rows."""
+        n, block = rows.shape[0], self.block
+        padded = -(-n // block) * block
+        out = rows.new_empty(padded, right.shape[1], dtype=self.accumulate)
+        with bf16_dot_products(self.fast):
+            for i in range(0, n, block):
+                part = rows[i : i + block].to(self.weight.dtype)
+                if part.shape[0] < block:
+                    part = torch.cat((part, part.new_zeros(block - part.shape[0], part.shape[1])))
+                if self.narrow:
+                    torch.mm(part, right, out_dtype=self.accumulate, out=out[i : i + block])
+                else:
+                    torch.mm(part, right, out=out[i : i + block])
+        return out[:n]

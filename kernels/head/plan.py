@@ -1,4 +1,4 @@
-"""How many rows of the vocabulary GEMM run at a time: a byte budget for the fp32 logits, never a function of T."""
+"""How many rows a head call works on at a time: bounded by bytes, and no more than the traffic of dW asks for."""
 
 from __future__ import annotations
 
@@ -7,26 +7,43 @@ from dataclasses import dataclass
 
 import torch
 
-# One GEMM call works on a fixed number of rows, so that a row's result cannot depend on how many rows travel with it:
-# BLAS libraries choose their summation order by shape. 256 rows cost nothing against larger blocks (docs/kernels.md).
+from longtrace.kernels import extension
+
+# One GEMM call of the PyTorch engine works on a fixed number of rows, so that a row's result cannot depend on how many
+# rows travel with it: BLAS libraries choose their summation order by shape.
 BLOCK_ROWS = 256
+PANEL_ROWS = 32  # what the C++ tile kernels pad to
 DEFAULT_BUDGET_MB = {"cpu": 256.0, "cuda": 1024.0}
+
+# A chunk of R rows spends 6 R H V FLOPs and moves dW once through memory, 8 H V bytes in fp32: the moving costs
+# (8 / 6) (FLOP/s per byte/s) / R of the computing, whatever H and V are. Machine balances, FLOP per byte:
+BALANCE = {"cpu": 27.0, "cuda": 200.0}
+WORTH = {"cpu": 0.035, "cuda": 0.065}  # the share at which longer chunks stop being worth their memory
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """`rows` logits rows live at a time (a multiple of `block`), each GEMM call takes `block` rows."""
+    """`rows` rows live at a time (a multiple of `block`), each library GEMM call takes `block` rows."""
 
     rows: int
     block: int
+    buffer_bytes: int  # of the (rows, V) buffer
+    workspace_bytes: int  # that, and all else that is neither input nor gradient
+    traffic: float  # time of moving dW once a chunk over the time of the three GEMMs, estimated
 
     def count(self, total: int) -> int:
         """Chunks needed for `total` rows."""
         return -(-total // self.rows)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows a chunk, {self.buffer_bytes / 2**20:,.0f} MB of probabilities, "
+            f"dW traffic about {self.traffic:.1%} of the GEMMs"
+        )
+
 
 def budget_bytes(budget_mb: float | None, device: str = "cpu") -> float:
-    """The logits budget in bytes: the argument, else LONGTRACE_HEAD_BUDGET_MB, else the device's default."""
+    """The byte budget of a head call: the argument, else LONGTRACE_HEAD_BUDGET_MB, else the device's default."""
     if budget_mb is None:
         text = os.environ.get("LONGTRACE_HEAD_BUDGET_MB")
         try:
@@ -39,21 +56,43 @@ def budget_bytes(budget_mb: float | None, device: str = "cpu") -> float:
 
 
 def plan_chunks(
-    T: int, H: int, V: int, dtype: torch.dtype, budget_mb: float | None = None, device: str = "cpu"
+    T: int,
+    H: int,
+    V: int,
+    dtype: torch.dtype,
+    budget_mb: float | None = None,
+    device: str = "cpu",
+    tiles: bool | None = None,
 ) -> Chunks:
-    """Rows per chunk and per GEMM call for `T` rows of width `H` against a vocabulary of `V`.
+    """Rows per chunk and per GEMM call for `T` rows of width `H` against a vocabulary of `V`; `str()` tells the plan.
 
-    Args: dtype of the inputs (fp64 inputs have fp64 logits, all others fp32); budget_mb bounds the logits buffer
-    (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU and 1024 on CUDA). At least 16 rows are always taken.
+    Args: dtype of the inputs; budget_mb bounds the (rows, V) buffer (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU
+    and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they can), which hold bf16 inputs' probabilities
+    in 2 bytes, all others in 4 (8 for fp64). At least 16 rows are always taken (32 by the tile kernels).
     The block size depends on V, dtype and budget but not on T; a short last block is padded with zero rows.
     """
-    itemsize = 8 if dtype == torch.float64 else 4
-    fit = int(budget_bytes(budget_mb, device) // (max(V, 1) * itemsize))
-    if fit < BLOCK_ROWS:
+    if tiles is None:
+        tiles = device == "cpu" and extension.LOADED and dtype != torch.float64
+    itemsize = (
+        8 if dtype == torch.float64 else 2 if tiles and extension.BF16_OPERANDS and dtype == torch.bfloat16 else 4
+    )
+    width = max(V, 1) * itemsize
+    fit = int(budget_bytes(budget_mb, device) // width)
+    kind = "cuda" if device == "cuda" else "cpu"
+    cost = 4 / 3 * BALANCE[kind]
+    enough = max(BLOCK_ROWS, round(cost / WORTH[kind] / BLOCK_ROWS) * BLOCK_ROWS)
+    if tiles:
+        block = PANEL_ROWS
+    elif fit < BLOCK_ROWS:
         block = max(16, 1 << (max(fit, 1).bit_length() - 1))
-        return Chunks(block, block)
-    if device == "cuda":  # cuBLAS wants tall tiles: one call a chunk, still of fixed size
-        rows = min(fit // BLOCK_ROWS * BLOCK_ROWS, 4096)
-        return Chunks(rows, rows)
-    rows = min(fit // BLOCK_ROWS, max(1, -(-T // BLOCK_ROWS))) * BLOCK_ROWS
-    return Chunks(min(rows, 4096), BLOCK_ROWS)
+    elif device == "cuda":  # cuBLAS wants tall tiles: one call a chunk, still of fixed size
+        block = min(fit // BLOCK_ROWS * BLOCK_ROWS, enough)
+    else:
+        block = BLOCK_ROWS
+    rows = max(1, min(fit, enough, max(T, 1) + block - 1) // block) * block
+    if tiles:  # packed rows, and partial sums of dH (csrc/cpu/head.cpp: head::dh)
+        ranges = min(16, max(1, -(-V // 4096)), max(1, 2**26 // (4096 * max(H, 1))))
+        extra = rows * H * (4 * ranges + 8)
+    else:  # the fp32 copy of the weight that a CPU GEMM of narrow operands needs
+        extra = 4 * V * H if device == "cpu" and itemsize == 4 and dtype != torch.float32 else 0
+    return Chunks(rows, block, rows * width, rows * width + extra, cost / rows)

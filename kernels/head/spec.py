@@ -48,15 +48,16 @@ class Transform:
             logits.add_(bias)
         return logits.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def derivative_(self, dlogits: Tensor, tanh: Tensor | None) -> Tensor:
-        """Turn d/d(final logits) into d/d(logit_scale * (h . w) + bias), in place; `tanh` as kept by `keep_tanh`."""
-        if tanh is not None:
-            dlogits.mul_(tanh.square_().neg_().add_(1.0))
-        return dlogits if self.temperature == 1.0 else dlogits.div_(self.temperature)
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """1 - tanh^2 of the softcap, read back from final logits; None without one."""
+        if self.softcap is None:
+            return None
+        return 1 - (logits * (self.temperature / self.softcap)).square_()
 
-    def keep_tanh(self, logits: Tensor) -> Tensor | None:
-        """tanh(s / cap) read back from final logits, which `dlogits_` is about to overwrite; None without a softcap."""
-        return None if self.softcap is None else logits * (self.temperature / self.softcap)
+    @property
+    def gain(self) -> float:
+        """d(final logit)/d(h . w), but for the softcap's slope."""
+        return self.logit_scale / self.temperature
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

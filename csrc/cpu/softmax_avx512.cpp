@@ -1,7 +1,0 @@
-#include "softmax.h"
-
-#include "softmax.inc"
-
-namespace longtrace {
-const SoftmaxKernels softmax_avx512 = {"avx512", stats, dlogits};
-}

@@ -1,0 +1,62 @@
+// The tile kernels: small matrix products over packed panels, and the softmax epilogue of a tile of logits.
+// One micro-kernel per instruction set; the head (head.cpp) is written against this table and never sees intrinsics.
+//
+// A panel holds K x 32 operands: fp32 as [K][32]; bf16 as [K/2][32][2], pairs of k side by side, as vdpbf16ps and
+// tdpbf16ps want them. Products accumulate in fp32; the order of a sum depends on K alone.
+#pragma once
+#include <cstdint>
+
+namespace longtrace {
+
+constexpr int64_t kPanel = 32;  // columns of a panel
+
+enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+// A row-major matrix of some dtype; rows may be picked by index.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t stride;               // elements from row to row
+  const int64_t* rows = nullptr;  // row i is data[rows[i] * stride]; null: data[i * stride]
+};
+
+// What becomes of a tile of h.w: `rows` vocabulary rows by 32 tokens. Token arrays have 32 entries.
+struct Epilogue {
+  float scale;                   // s = scale * (h.w) + bias_scale * bias; with a softcap z = out * tanh(s), else z = s
+  float bias_scale, softcap_out; // softcap_out 0: no softcap
+  const float* bias;             // (rows,) or null
+  const int32_t* target;         // row of this tile that is the token's target (any other value: not here)
+  const float* maximum;          // x = (z - maximum) - log_sum
+  const float* log_sum;
+  const float *a, *e, *entropy;  // null in the forward: the value is exp(x); else exp(x) * (a - e * (x + entropy))
+  float *sum, *peak, *dot, *mass;  // += exp(x), max= x, += x exp(x) (if not null), += value
+  void* g;                       // values (times the softcap's derivative), operand dtype, row stride ldg; or null
+  int64_t ldg;
+};
+
+struct TileKernels {
+  const char* name;
+  bool bf16;       // operands are bf16, else fp32
+  int64_t k_step;  // K is padded with zeros to a multiple of this
+
+  // C (rows x 32, row stride ldc) = or += A (rows x K, row stride lda) * panel (K x 32).
+  void (*multiply)(int64_t rows, int64_t K, const void* A, int64_t lda, const void* panel, float* C, int64_t ldc, bool add);
+  // Rows [begin, begin + rows) as operands, row stride ld, columns [columns, ld) zero.
+  void (*copy_rows)(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, void* out, int64_t ld);
+  // Panels of the transpose: panel p, k, column j = from[32 p + j][k]; k and rows past the end are zero.
+  void (*pack_transposed)(const Matrix& from, int64_t rows, int64_t K, int64_t K_padded, void* panels);
+  // Panels as they lie: panel p, k, column j = scale[k] * from[begin + k][32 p + j]; past the end zero. scale may be null.
+  void (*pack)(const Matrix& from, int64_t begin, int64_t K, int64_t K_padded, int64_t columns, const float* scale, void* panels);
+  // out[j][k] = g[k][j] for 32 columns j and K rows k; out has row stride ldo, zeros from K to K_padded.
+  void (*transpose)(const void* g, int64_t ldg, int64_t K, int64_t K_padded, void* out, int64_t ldo);
+  // max over n (a multiple of 32) of scale[i] * row[i].
+  float (*row_max)(const void* row, int64_t n, const float* scale);
+  void (*epilogue)(const float* tile, int64_t rows, const Epilogue& how);
+};
+
+extern const TileKernels tile_baseline, tile_avx2, tile_avx512, tile_avx512_bf16, tile_amx;
+
+// The fastest kernels of this processor for operands of `dtype`; LONGTRACE_CPU_CAPABILITY asks for narrower ones.
+const TileKernels& tile_kernels(Dtype dtype);
+
+}  // namespace longtrace

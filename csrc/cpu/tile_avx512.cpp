@@ -1,0 +1,19 @@
+#include "tile.h"
+
+#include <type_traits>
+
+#include "vec.inc"
+
+#include "tile.inc"
+
+namespace {
+constexpr int kWidth = 16, kVectors = 2, kRows = 12;
+}
+
+#include "tile_fp32.inc"
+
+namespace longtrace {
+const TileKernels tile_avx512 = {
+    "avx512", false, 1, multiply, copy_rows<float>, pack_transposed<float>, pack<float>, transpose<float>,
+    row_max<float>, epilogue<float>};
+}

@@ -1,0 +1,78 @@
+"""The CPU engine: the tile kernels of csrc/cpu through torch.ops.longtrace, for bf16, fp16 and fp32 inputs.
+
+Logits live in one 128 x 32 tile per thread; only exp(z - z_target) of a chunk reaches memory, in the operand dtype (bf16
+for bf16 inputs, else fp32), and only when a gradient is wanted. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longtrace.kernels import extension
+from longtrace.kernels.head.engine import Forward, Matrix
+from longtrace.kernels.head.epilogue import RowStats
+from longtrace.kernels.head.plan import PANEL_ROWS
+from longtrace.kernels.head.spec import Transform
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether this engine can run on inputs like `tensor` here."""
+    return extension.LOADED and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+
+
+class TileEngine:
+    """As `TorchEngine`; `Matrix.g` is (V, n padded to whole panels), its last columns 0."""
+
+    dtype = torch.float32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform):
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.transform = transform
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.scalars = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
+
+    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool) -> Forward:
+        maximum, log_sum, log_prob, ent, mass, slope, scale, g = torch.ops.longtrace.head_forward(
+            h, self.weight, self.bias, target, *self.scalars, entropy, keep
+        )
+        stats = RowStats(maximum, log_sum, log_prob, ent if entropy else None)
+        return Forward(stats, Matrix(g, scale) if keep else None, mass, slope)
+
+    def gradient(self, h: Tensor, target: Tensor, stats: RowStats, a: Tensor, e: Tensor | None) -> Matrix:
+        zero = torch.zeros_like(a)
+        g = torch.ops.longtrace.head_gradient(
+            h, self.weight, self.bias, target, *self.scalars, stats.maximum, stats.log_sum, a,
+            zero if e is None else e, zero if e is None else stats.entropy,
+        )  # fmt: skip
+        return Matrix(g, torch.ones_like(a))
+
+    def scaled(self, matrix: Matrix, factor: Tensor) -> Matrix:
+        return Matrix(matrix.g, matrix.scale * factor)
+
+    def pack(self, values: Tensor, scale: Tensor) -> Matrix:
+        dtype = self.weight.dtype if extension.BF16_OPERANDS and self.weight.dtype == torch.bfloat16 else torch.float32
+        rows, k = values.shape
+        g = values.new_zeros(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS, dtype=dtype)
+        g[:, :k] = values
+        return Matrix(g, scale)
+
+    def column_max(self, matrix: Matrix) -> Tensor:
+        return torch.ops.longtrace.head_column_max(matrix.g, matrix.scale)
+
+    def take(self, matrix: Matrix, columns: Tensor) -> Matrix:
+        return Matrix(matrix.g.index_select(0, columns), matrix.scale)
+
+    def project(self, matrix: Matrix, right: Tensor) -> Tensor:
+        out = right.new_empty(matrix.g.shape[0], right.shape[1], dtype=self.dtype)
+        torch.ops.longtrace.head_dw_(out, matrix.g, right.contiguous(), matrix.scale, None, False)
+        return out
+
+    def rows(self, matrix: Matrix, right: Tensor) -> Tensor:
+        return torch.ops.longtrace.head_dh(matrix.g, right.contiguous(), None, matrix.scale.shape[0], matrix.scale)
+
+    def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
+        return torch.ops.longtrace.head_dh(matrix.g, self.weight, columns, matrix.scale.shape[0], matrix.scale)
+
+    def dw_(self, accumulator: Tensor, matrix: Matrix, h: Tensor, columns: Tensor | None, add: bool = True) -> None:
+        torch.ops.longtrace.head_dw_(accumulator, matrix.g, h, matrix.scale, columns, add)
