@@ -62,6 +62,8 @@ class TrainConfig:
     """Recompute layers in the backward; auto = when activations would take over 1 GB and outweigh weights and optimizer state."""
     head_budget_mb: int = 0
     """Largest block of logits held at once, in MB (0 = the planner's choice)."""
+    head_grad: Literal["exact", "compressed"] = "exact"
+    """Gradients of the vocabulary head; compressed: less than half the FLOPs at an estimated error (docs/head.md; bf16 only)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     rope: Literal["auto", "none", "linear", "ntk", "yarn"] = "auto"

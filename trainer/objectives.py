@@ -32,8 +32,8 @@ class Objective(Protocol):
 class SFT:
     """Negative log-likelihood of the target tokens, averaged over all target tokens of the step."""
 
-    def __init__(self, budget_mb: int = 0):
-        self.budget_mb = budget_mb or None
+    def __init__(self, budget_mb: int = 0, grad: str = "exact"):
+        self.budget_mb, self.grad = budget_mb or None, grad
 
     def count(self, batch: PackedBatch) -> float:
         return int((batch.labels != IGNORE).sum())
@@ -41,7 +41,7 @@ class SFT:
     def __call__(self, hidden: torch.Tensor, head: Head, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
         target = batch.labels[batch.labels != IGNORE]
         coefficient = torch.ones(len(target), device=hidden.device, dtype=torch.float32)
-        loss, _ = K.linear_weighted_nll(
+        loss, rows = K.linear_weighted_nll(
             hidden,
             head.weight,
             target,
@@ -49,9 +49,12 @@ class SFT:
             linear_bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            grad=self.grad,
             budget_mb=self.budget_mb,
         )
-        return loss, {}
+        told = ("columns_kept", "estimated_dh_error", "estimated_dw_row_error")  # of compressed gradients
+        stats = {f"head_{name}": rows.stats[name] * len(target) for name in told if name in rows.stats}
+        return loss, stats if loss.requires_grad else {}
 
     def state_dict(self) -> dict:
         return {}

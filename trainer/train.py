@@ -480,7 +480,7 @@ def sft(config: SFTConfig) -> RunResult | None:
         config,
         model,
         source,
-        SFT(config.head_budget_mb),
+        SFT(config.head_budget_mb, config.head_grad),
         steps=config.steps,
         begin=begin,
         finish=finish,

@@ -238,9 +238,57 @@ void gradient(
   });
 }
 
+namespace {
+
+// dh for a few columns: g is zipped into panels where it lies (K x 32 tokens) and right turned, 32 rows at most.
+void narrow_dh(
+    const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
+    float* out, const ForEach& for_each) {
+  const int64_t size = operand_size(k), panels = padded_tokens(n) / kPanel, ld = panels * kPanel;
+  const int64_t ranges = std::clamp<int64_t>(F / (8 * kDepth), 1, 16), depth = up((F + ranges - 1) / ranges, kDepth);
+  Buffer partial = scratch(ranges * N * ld * 4);
+  float* sums = reinterpret_cast<float*>(partial.get());
+  const Matrix operands{g, k.bf16 ? Dtype::bf16 : Dtype::fp32, ldg};
+  for_each(ranges, [&](int64_t begin, int64_t end) {
+    const int64_t lda = row_stride(kDepth);
+    Buffer rows = scratch(kDepth * kPanel * size), turned = scratch(kPanel * lda * size);
+    Buffer panel = scratch(kGroup * kPanel * kDepth * size);
+    for (int64_t range = begin; range < end; ++range) {
+      const int64_t stop = std::min((range + 1) * depth, F);
+      float* sum = sums + range * N * ld;
+      if (range * depth >= stop) std::fill_n(sum, N * ld, 0.0f);
+      for (int64_t start = range * depth; start < stop; start += kDepth) {
+        const int64_t K = std::min(kDepth, stop - start), padded = up(K, k.k_step);
+        k.copy_rows(right, start, K, N, rows.get(), kPanel);
+        k.transpose(rows.get(), kPanel, K, padded, turned.get(), lda);
+        for (int64_t p = 0; p < panels; p += kGroup) {
+          const int64_t columns = std::min(kGroup, panels - p) * kPanel;
+          Matrix part = operands;
+          part.data = static_cast<const char*>(g) + p * kPanel * size;
+          k.pack(part, start, K, padded, columns, nullptr, panel.get());
+          for (int64_t c = 0; c < columns; c += kPanel)
+            k.multiply(
+                N, padded, turned.get(), lda, panel.get() + c * padded * size, sum + p * kPanel + c, ld, start != range * depth);
+        }
+      }
+    }
+  });
+  for_each(n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < N; ++j) {
+        float total = 0;
+        for (int64_t r = 0; r < ranges; ++r) total += sums[(r * N + j) * ld + i];
+        out[i * N + j] = scale ? total * scale[i] : total;
+      }
+  });
+}
+
+}  // namespace
+
 void dh(
     const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
     float* out, const ForEach& for_each) {
+  if (N <= kPanel) return narrow_dh(k, g, ldg, F, n, right, N, scale, out, for_each);
   const int64_t size = operand_size(k), columns = up(N, kPanel), panels = padded_tokens(n) / kPanel;
   // The rows of g are cut in ranges whose sums are added in order: their number depends on F and N, never on threads or n.
   const int64_t affordable = std::max<int64_t>(1, (64 << 20) / (1024 * columns * 4));
@@ -260,10 +308,11 @@ void dh(
         k.pack(right, start, K, padded, N, nullptr, weights.get());
         for (int64_t p = first; p < last; p += kRows / kPanel) {
           const int64_t tokens = std::min(kRows, (last - p) * kPanel), lda = row_stride(kDepth);
-          for (int64_t t = 0; t < tokens; t += kPanel)
-            k.transpose(
-                static_cast<const char*>(g) + (start * ldg + p * kPanel + t) * size, ldg, K, padded,
-                turned.get() + t * lda * size, lda);
+          for (int64_t v = 0; v < padded; v += kPanel)  // rows of g are read end to end
+            for (int64_t t = 0; t < tokens; t += kPanel)
+              k.transpose(
+                  static_cast<const char*>(g) + ((start + v) * ldg + p * kPanel + t) * size, ldg,
+                  std::clamp<int64_t>(K - v, 0, kPanel), std::min(kPanel, padded - v), turned.get() + (t * lda + v) * size, lda);
           for (int64_t c = 0; c < columns; c += kPanel)
             k.multiply(
                 tokens, padded, turned.get(), lda, weights.get() + c * padded * size,

@@ -51,16 +51,16 @@ static inline void block(int64_t K, const Bf16* A, int64_t lda, const Bf16* pane
   }
   for (int64_t k = 0; k < K; k += 32) {
     const Bf16* b = panel + k * longtrace::kPanel;
+    _tile_loadd(4, A + k, row);  // products start as soon as two tiles are there
     _tile_loadd(6, b, 128);
-    _tile_loadd(4, A + k, row);
-    _tile_loadd(7, b + 32, 128);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
     if (Lower) {
       _tile_loadd(5, low + k, row);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
     }
+    _tile_loadd(7, b + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if (Lower) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, C, out);
   _tile_stored(1, C + 16, out);

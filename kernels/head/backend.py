@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,23 @@ def engine(
     chunks = plan_chunks(rows, weight.shape[1], weight.shape[0], weight.dtype, budget_mb, weight.device.type, tiles)
     if tiles:
         return tile.TileEngine(weight, bias, transform), chunks
-    return TorchEngine(weight, bias, transform, chunks.block), chunks
+    return _torch_engine(weight)(weight, bias, transform, chunks.block), chunks
+
+
+def _torch_engine(weight: Tensor) -> type[TorchEngine]:
+    """PyTorch passes, or Triton's on CUDA where triton is installed; fp64 stays with PyTorch."""
+    if weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+        from longtrace.kernels.head.cuda import TritonEngine
+
+        return TritonEngine
+    return TorchEngine
 
 
 def describe(device: str) -> tuple[str, str]:
     """(backend, why) of the head ops."""
     if device == "cuda":
-        return "cuBLAS + PyTorch", "bf16 operands, fp32 accumulation and results"
+        passes = "Triton" if importlib.util.find_spec("triton") is not None else "PyTorch"
+        return f"cuBLAS + {passes}", "16-bit operands, fp32 logits and sums; not timed on a GPU by this project"
     if extension.LOADED:
         return (
             "C++ tiles",

@@ -5,17 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtrace.kernels.head.chunked import Loss, TokenValues, WeightedLoss
+from longtrace.kernels.head import chunked as exact
+from longtrace.kernels.head import compressed
+from longtrace.kernels.head.chunked import Loss
 from longtrace.kernels.head.spec import LogProbs, Transform, check, compute_dtype
+from longtrace.kernels.head.tail import Compression
 
 
-def _options(grad: str, weight: Tensor, weight_grad: Tensor | None) -> None:
-    if grad != "exact":
-        raise ValueError(f"grad = {grad!r}; accepted: 'exact'")
+def _gradients(
+    grad: str, weight: Tensor, weight_grad: Tensor | None, eps: float, rank: int, target_error: float | None
+) -> Compression | None:
+    """The compression asked for; None means exact gradients, which fp32, fp64 and recorded CUDA graphs always get."""
+    if grad not in ("exact", "compressed"):
+        raise ValueError(f"grad = {grad!r}; accepted: 'exact', 'compressed'")
     if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32):
         raise ValueError(
             f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}; accepted: float32 {tuple(weight.shape)}"
         )
+    options = Compression(eps, rank, target_error)
+    if grad == "exact" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot decide anything by its data
+        return None
+    return options
+
+
+def _weighted_loss(*args, options: Compression | None):
+    return exact.WeightedLoss.apply(*args) if options is None else compressed.WeightedLoss.apply(*args, options)
+
+
+def _token_values(*args, options: Compression | None):
+    return exact.TokenValues.apply(*args) if options is None else compressed.TokenValues.apply(*args, options)
 
 
 @torch.compiler.disable
@@ -32,6 +52,9 @@ def linear_weighted_nll(
     temperature: float = 1.0,
     entropy: bool = False,
     grad: str = "exact",
+    eps: float = 2**-12,
+    rank: int = 64,
+    target_error: float | None = None,
     weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> tuple[Tensor, LogProbs]:
@@ -45,6 +68,11 @@ def linear_weighted_nll(
             Rows with coefficient 0 leave before the GEMM: they cost nothing.
         logit_scale, softcap, temperature: log p = log_softmax(softcap(logit_scale * h.w + b) / temperature).
         entropy: also return each row's entropy (detached).
+        grad: "exact", or "compressed": log-probs stay exact, the gradients' softmax is kept where some row of a chunk of
+            1,024 exceeds `eps` and replaced by `rank` cluster profiles elsewhere: less than half the FLOPs, an error
+            that is estimated chunk by chunk (`stats`), and exact gradients for a chunk whose estimate exceeds
+            `target_error` (None: 1 % of dH, 15 % of a dropped vocabulary row of dW). docs/head.md says where it must not
+            be used. fp32, fp64 and recorded CUDA graphs take exact.
         weight_grad: (V, H) fp32 buffer that the backward adds linear_weight's gradient to, in fp32 and never rounded;
             linear_weight itself then gets none. At least one input must require grad.
         budget_mb: bound on the logits buffer; default LONGTRACE_HEAD_BUDGET_MB, else 256 (CPU) or 1024 (CUDA).
@@ -60,12 +88,21 @@ def linear_weighted_nll(
     Under torch.no_grad() only the forward GEMM runs. Gradients are held in fp32 until the backward, scaled by the
     upstream scalar and rounded once.
     """
-    _options(grad, linear_weight, weight_grad)
+    options = _gradients(grad, linear_weight, weight_grad, eps, rank, target_error)
     transform = Transform(logit_scale, softcap, temperature)
     h, weight, bias, flat = check(input, linear_weight, target, linear_bias, coefficient, ignore_index)
     loss = Loss(transform, ignore_index, 0.0, 0.0, entropy, False, budget_mb)
-    total, log_prob, ent, lse, stats = WeightedLoss.apply(
-        h, weight, bias, flat, coefficient.reshape(-1), None, weight_grad, loss, torch.is_grad_enabled()
+    total, log_prob, ent, lse, stats = _weighted_loss(
+        h,
+        weight,
+        bias,
+        flat,
+        coefficient.reshape(-1),
+        None,
+        weight_grad,
+        loss,
+        torch.is_grad_enabled(),
+        options=options,
     )
     shape = target.shape
     return total, LogProbs(log_prob.view(shape), None if ent is None else ent.view(shape), lse.view(shape), stats)
@@ -84,6 +121,9 @@ def linear_log_prob(
     temperature: float = 1.0,
     entropy: bool = False,
     grad: str = "exact",
+    eps: float = 2**-12,
+    rank: int = 64,
+    target_error: float | None = None,
     weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> LogProbs:
@@ -94,11 +134,11 @@ def linear_log_prob(
     Arguments and errors as `linear_weighted_nll`. Returns LogProbs shaped like `target`, fp32 (fp64 for fp64 inputs);
     `ignore_index` rows read 0 and get no gradient.
     """
-    _options(grad, linear_weight, weight_grad)
+    options = _gradients(grad, linear_weight, weight_grad, eps, rank, target_error)
     transform = Transform(logit_scale, softcap, temperature)
     h, weight, bias, flat = check(input, linear_weight, target, linear_bias, None, ignore_index)
     loss = Loss(transform, ignore_index, 0.0, 0.0, entropy, False, budget_mb)
-    log_prob, ent, lse, _, stats = TokenValues.apply(h, weight, bias, flat, None, weight_grad, loss)
+    log_prob, ent, lse, _, stats = _token_values(h, weight, bias, flat, None, weight_grad, loss, options=options)
     shape = target.shape
     return LogProbs(log_prob.view(shape), None if ent is None else ent.view(shape), lse.view(shape), stats)
 
@@ -119,6 +159,9 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     z_loss: float = 0.0,
     grad: str = "exact",
+    eps: float = 2**-12,
+    rank: int = 64,
+    target_error: float | None = None,
     weight_grad: Tensor | None = None,
     budget_mb: float | None = None,
 ) -> Tensor:
@@ -134,7 +177,7 @@ def linear_cross_entropy(
         a scalar, or losses shaped like `target` for "none"; fp32 (fp64 for fp64 inputs), where torch's own returns
         bf16 for bf16 inputs. A batch with no valid target gives 0, not NaN.
     """
-    _options(grad, linear_weight, weight_grad)
+    options = _gradients(grad, linear_weight, weight_grad, eps, rank, target_error)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}; accepted: 'none', 'mean', 'sum'")
     if not 0.0 <= label_smoothing < 1.0:
@@ -150,7 +193,9 @@ def linear_cross_entropy(
     loss = Loss(transform, ignore_index, label_smoothing, z_loss, False, smooth, budget_mb)
     valid = flat != ignore_index
     if reduction == "none":
-        log_prob, _, lse, smoothed, _ = TokenValues.apply(h, matrix, bias, flat, class_weight, weight_grad, loss)
+        log_prob, _, lse, smoothed, _ = _token_values(
+            h, matrix, bias, flat, class_weight, weight_grad, loss, options=options
+        )
         values = -(1 - label_smoothing) * log_prob
         if class_weight is not None:
             values = values * class_weight[flat.where(valid, 0)]
@@ -164,7 +209,6 @@ def linear_cross_entropy(
         weights = coefficient if class_weight is None else coefficient * class_weight[flat.where(valid, 0)]
         total = weights.sum()
         coefficient = coefficient / torch.where(total == 0, 1.0, total)
-    out = WeightedLoss.apply(
-        h, matrix, bias, flat, coefficient, class_weight, weight_grad, loss, torch.is_grad_enabled()
-    )
-    return out[0]
+    grads = torch.is_grad_enabled()
+    args = (h, matrix, bias, flat, coefficient, class_weight, weight_grad, loss, grads)
+    return _weighted_loss(*args, options=options)[0]

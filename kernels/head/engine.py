@@ -120,11 +120,11 @@ class TorchEngine:
     def project(self, matrix: Matrix, right: Tensor) -> Tensor:
         """(V, N) = value @ right (n, N), accumulated and returned in the compute dtype."""
         scaled = right if matrix.scale is None else right * matrix.scale[:, None]
-        return matrix.g.to(self.dtype) @ scaled.to(self.dtype)
+        return self.gemm.product(matrix.g, scaled)
 
     def rows(self, matrix: Matrix, right: Tensor) -> Tensor:
         """(n, N) = value^T @ right (V, N), accumulated and returned in the compute dtype."""
-        out = matrix.g.t().to(self.dtype) @ right.to(self.dtype)
+        out = self.gemm.product(matrix.g.t(), right)
         return out if matrix.scale is None else out * matrix.scale[:, None]
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:

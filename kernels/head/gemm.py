@@ -59,6 +59,14 @@ class HeadGemm:
         with bf16_dot_products(self.fast):
             accumulator.addmm_(dz, h, beta=beta)
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b of operands rounded to the operand dtype, accumulated and returned in fp32 (fp64 for fp64)."""
+        a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
+        if self.narrow:
+            return torch.mm(a, b, out_dtype=self.accumulate)
+        with bf16_dot_products(self.fast):
+            return a @ b
+
     def _blocks(self, rows: Tensor, right: Tensor) -> Tensor:
         """rows @ right, `block` rows a call, the last ones filled up with zero rows."""
         n, block = rows.shape[0], self.block

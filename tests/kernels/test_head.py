@@ -322,7 +322,10 @@ def test_bad_input_is_named():
         (dict(linear_bias=bias[:3]), "linear_bias has shape"),
         (dict(temperature=0.0), "temperature"),
         (dict(softcap=-1.0), "softcap"),
-        (dict(grad="compressed"), "accepted: 'exact'"),
+        (dict(grad="fast"), "accepted: 'exact', 'compressed'"),
+        (dict(eps=2.0), "eps"),
+        (dict(rank=0), "rank"),
+        (dict(target_error=-1.0), "target_error"),
         (dict(budget_mb=0), "budget_mb"),
     ]
     for change, message in cases:

@@ -1,0 +1,340 @@
+"""The head with compressed gradients over chunks of rows: log-probs exact, gradients with an estimated error.
+
+`WeightedLoss` and `TokenValues` have the interfaces of their exact namesakes. What a chunk's gradient becomes is in
+tail.py; here are the chunk loop, the return to exact gradients, and what is kept for a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from longtrace.kernels.head.chunked import (
+    Chunk,
+    Loss,
+    Walk,
+    _refuse_double_backward,
+    _scaled,
+    elementwise_gradient,
+    smooth_values,
+)
+from longtrace.kernels.head.engine import Forward, Matrix, TorchEngine, put_targets
+from longtrace.kernels.head.epilogue import RowStats
+from longtrace.kernels.head.plan import budget_bytes
+from longtrace.kernels.head.tail import (
+    CHUNK_ROWS,
+    ROW_ERROR_RATIO,
+    Coefficients,
+    Compression,
+    Part,
+    Rows,
+    Sketch,
+    cluster_sums,
+    compress,
+    dh_error,
+    effective,
+    fill,
+    strain,
+    tail_terms,
+    target_values,
+)
+
+
+class Report:
+    """Means and maxima over the chunks whose gradients were taken, or will be: what LogProbs.stats tells of them."""
+
+    def __init__(self, V: int):
+        self.V, self.chunks, self.rows = V, 0, 0
+        self.kept = self.mass = self.saved = 0.0
+        self.rank = self.exact = self.recomputed = 0
+        self.dh = self.dw = 0.0
+
+    def add(self, n: int, part: Part | None) -> None:
+        """Count a chunk of n rows; part None: exact."""
+        self.chunks += 1
+        self.rows += n
+        if part is None:
+            self.exact += 1
+            self.kept += 1.0
+            return
+        self.kept += part.columns.numel() / self.V
+        self.mass += float(part.mass.sum())
+        self.rank = max(self.rank, part.rank)
+        self.dh, self.dw = max(self.dh, part.dh_error), max(self.dw, part.dw_error)
+
+    def stats(self) -> dict[str, float]:
+        """columns_kept: mean fraction of V. dropped_mass: mean per row. Errors and rank: the largest of any chunk."""
+        return {
+            "columns_kept": self.kept / max(1, self.chunks), "dropped_mass": self.mass / max(1, self.rows),
+            "rank": self.rank, "estimated_dh_error": self.dh, "estimated_dw_row_error": self.dw,
+            "exact_chunks": self.exact, "recomputed_chunks": self.recomputed, "saved_mb": self.saved / 2**20,
+        }  # fmt: skip
+
+
+class CompressedWalk(Walk):
+    """A walk in chunks of at most 1,024 rows that adds compressed gradients, or exact ones where these do not serve."""
+
+    def __init__(self, *args, options: Compression):
+        super().__init__(*args)
+        self.options, self.report = options, Report(self.V)
+        if self.chunks.rows > CHUNK_ROWS:  # the union of a longer chunk's columns would be most of V
+            self.chunks = replace(self.chunks, rows=CHUNK_ROWS, block=min(self.chunks.block, CHUNK_ROWS))
+            if isinstance(self.engine, TorchEngine):
+                self.engine = type(self.engine)(self.weight, self.bias, self.loss.transform, self.chunks.block)
+
+    def need(self, *args) -> None:
+        super().need(*args)
+        if self.d_weight is not None and not self.added:  # compressed chunks write some rows only
+            self.d_weight.zero_()
+            self.added = True
+
+    @cached_property
+    def sketch(self) -> Sketch:
+        return Sketch(self.weight, self.dtype)
+
+    @property
+    def wants(self) -> tuple[bool, bool]:
+        """Whether dH, and whether dW is asked for."""
+        return self.d_input is not None, self.d_weight is not None
+
+    def rows(self, chunk: Chunk, forward: Forward) -> Rows:
+        return Rows(chunk.h, chunk.target, forward.stats, forward.slope)
+
+    def add_known(self, chunk: Chunk, forward: Forward, c: Coefficients, s: Tensor | None) -> None:
+        """Compress a chunk whose coefficients are known and add its share; s (n,) times w_v is taken off d/dz."""
+        rows = self.rows(chunk, forward)
+        bent = c.e is not None and self.loss.transform.softcap is not None  # p is not to be had from p (1 - tanh^2)
+        if self.loss.elementwise or bent:
+            part = None
+        else:
+            part = compress(self.engine, self.sketch, forward, rows, c, self.options, *self.wants)
+        if part is not None:
+            self.add_part(chunk, rows, part, c, s)
+            return
+        self.report.add(len(chunk.index), None)
+        if self.loss.elementwise and s is not None:
+            self.add(chunk, elementwise_gradient(self, chunk, forward.slope, forward.stats, c.a, c.b, c.e, s))
+        elif c.e is not None:
+            matrix = self.engine.gradient(chunk.h, chunk.target, forward.stats, c.a, c.e)
+            put_targets(matrix, chunk.target, target_values(rows, c))
+            self.add(chunk, matrix, s)
+        else:
+            self.add(chunk, fill(forward.matrix, chunk.target, rows, c), s)
+
+    def add_part(self, chunk: Chunk, rows: Rows, part: Part, c: Coefficients, s: Tensor | None) -> None:
+        """Add a compressed chunk's share to the accumulators; consumes `part.kept`."""
+        engine, transform = self.engine, self.loss.transform
+        self.report.add(len(chunk.index), part)
+        kept = fill(part.kept, part.position, rows, c)
+        tail, t = tail_terms(engine, part, rows, c)
+        if self.d_bias is not None:
+            ones = rows.h.new_full((len(rows.target), 1), 1.0 / transform.temperature, dtype=self.dtype)
+            self.d_bias[part.columns] += engine.project(kept, ones).squeeze(1)
+            self.d_bias += engine.project(tail, cluster_sums(part, t, ones).to(self.dtype)).squeeze(1)
+        dh = None
+        if self.d_input is not None:
+            dh = engine.dh(_times(kept, transform.gain), part.columns)
+            profiles = engine.dh(_times(tail, transform.gain), None)  # (k or 2k, H)
+            for j, weight in enumerate(t.unbind(1)):
+                dh += weight[:, None] * profiles[part.cluster + j * part.rank]
+        if s is not None:
+            self.smoothing.take_(dh, chunk.h, s)
+        if dh is not None:
+            self.d_input[chunk.index] = dh
+        if self.d_weight is not None:
+            engine.dw_(self.d_weight, _times(kept, transform.gain), chunk.h, part.columns)
+            sums = cluster_sums(part, t, chunk.h)
+            top = sums.abs().amax(1, keepdim=True).clamp(min=torch.finfo(self.dtype).tiny)
+            by_row = transform.gain * top.squeeze(1).to(self.dtype)  # fp16 would lose small sums: they are of order 1
+            engine.dw_(self.d_weight, _times(tail, by_row), (sums / top).to(chunk.h.dtype), None)
+
+    def meets(self, part: Part, rows: Rows, c: Coefficients) -> bool:
+        """Whether a kept chunk meets the bounds with the coefficients that came from upstream; sets its errors."""
+        if c.e is not None and self.loss.transform.softcap is not None:
+            return False
+        need_dh, need_dw = self.wants
+        part.dh_error = dh_error(self.engine, self.sketch, part, rows, c) if need_dh else 0.0
+        part.dw_error = part.predicted(effective(part, rows, c)) * strain(part, rows, c) if need_dw else 0.0
+        bound = self.options.bound
+        return part.dh_error <= bound and part.dw_error <= bound * ROW_ERROR_RATIO
+
+
+def _times(matrix: Matrix, factor: Tensor | float) -> Matrix:
+    return Matrix(matrix.g, matrix.scale * factor)
+
+
+class WeightedLoss(torch.autograd.Function):
+    """sum_i c_i loss_i and, detached, each row's log_prob, entropy and lse; gradients are taken in the forward chunk.
+
+    loss_i = (1 - eps) w_y nll_i - eps/V sum_v w_v log p_iv + z_loss lse_i^2, eps the label smoothing, w the class weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, weight, bias, target, coefficient, class_weight, weight_grad, loss: Loss, grad: bool,
+        options: Compression,
+    ):  # fmt: skip
+        needs = [grad and ctx.needs_input_grad[i] for i in range(3)]
+        needs[1] |= grad and weight_grad is not None
+        with torch.autocast(input.device.type, enabled=False):
+            keep = (target != loss.ignore_index) & (coefficient != 0)
+            walk = CompressedWalk(input, weight, bias, target, loss, keep, options=options)
+            walk.need(*needs)
+            walk.class_weight = class_weight
+            log_prob, lse = walk.new_rows(), walk.new_rows()
+            entropy = walk.new_rows() if loss.entropy else None
+            total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
+            eps, V = loss.label_smoothing, walk.V
+            all_weight = float(V) if class_weight is None else class_weight.sum()
+            for chunk in walk:
+                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, any(needs) and not loss.elementwise)
+                stats, c = forward.stats, coefficient[chunk.index].to(walk.dtype)
+                row_lse = stats.maximum + stats.log_sum
+                log_prob[chunk.index], lse[chunk.index] = stats.log_prob, row_lse
+                if entropy is not None:
+                    entropy[chunk.index] = stats.entropy
+                b = c * (1 - eps) * (1.0 if class_weight is None else class_weight[chunk.target])
+                a, value, s = b, -b * stats.log_prob, None
+                if eps:
+                    s = c * (eps / V)
+                    a, value = a + s * all_weight, value - s * smooth_values(walk, chunk, stats)
+                if loss.z_loss:
+                    a, value = a + c * 2 * loss.z_loss * row_lse, value + c * loss.z_loss * row_lse.square()
+                total += value.to(total.dtype).sum()
+                if any(needs):
+                    walk.add_known(chunk, forward, Coefficients(a, b), s)
+            walk.finish()
+        ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
+        ctx.dtype, ctx.weight_grad = input.dtype, weight_grad
+        ctx.set_materialize_grads(False)
+        outputs = (total.to(walk.dtype), log_prob, entropy, lse)
+        ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
+        return (*outputs, walk.stats() | walk.report.stats())
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        _refuse_double_backward()
+        d_input, d_weight, d_bias = ctx.saved_tensors
+        if upstream is not None and ctx.weight_grad is not None:
+            ctx.weight_grad.add_(d_weight * upstream)
+            d_weight = None
+        grads = (d_input, d_weight, d_bias)
+        return (
+            *(None if g is None or upstream is None else _scaled(g, upstream, ctx.dtype) for g in grads),
+            *(None,) * 7,
+        )
+
+
+class TokenValues(torch.autograd.Function):
+    """(log_prob, entropy, lse, smooth) of each row, differentiable; smooth is sum_v class_weight_v log p_v.
+
+    The forward keeps each chunk's `Part`, compressed as for equal coefficients, as long as the byte budget lasts. The
+    backward recomputes the rows of chunks that were not kept, and of those whose actual coefficients (of both signs,
+    few, or very uneven) no longer meet the bounds; all these are compressed together, with coefficients known.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, target, class_weight, weight_grad, loss: Loss, options: Compression):
+        need_dh, need_dw, _ = needs = _needs(ctx, weight_grad)
+        with torch.autocast(input.device.type, enabled=False):
+            walk = CompressedWalk(input, weight, bias, target, loss, target != loss.ignore_index, options=options)
+            walk.class_weight = class_weight
+            maximum, log_sum, log_prob = walk.new_rows(), walk.new_rows(), walk.new_rows()
+            entropy = walk.new_rows() if loss.entropy else None
+            smooth = walk.new_rows() if loss.smooth else None
+            saved, ctx.meta = [], []
+            left = budget_bytes(loss.budget_mb, input.device.type) if any(needs) and not loss.elementwise else 0
+            for chunk in walk:
+                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, left > 0)
+                stats, index = forward.stats, chunk.index
+                maximum[index], log_sum[index], log_prob[index] = stats.maximum, stats.log_sum, stats.log_prob
+                if entropy is not None:
+                    entropy[index] = stats.entropy
+                if smooth is not None:
+                    smooth[index] = smooth_values(walk, chunk, stats)
+                if left <= 0:
+                    continue
+                rows = walk.rows(chunk, forward)
+                part = compress(walk.engine, walk.sketch, forward, rows, None, options, need_dh, need_dw)
+                if part is None:  # exact gradients need all of V: better recomputed than kept
+                    continue
+                tensors, meta = part.saved(input.dtype)
+                tensors += [index, torch.ones_like(stats.log_prob) if forward.slope is None else forward.slope]
+                size = sum(x.numel() * x.element_size() for x in tensors)
+                left -= size  # the first chunk that does not fit ends the keeping
+                if left >= 0:
+                    walk.report.add(len(index), part)
+                    walk.report.saved += size
+                    saved += tensors
+                    ctx.meta.append(meta)
+        stats = walk.stats() | walk.report.stats()
+        ctx.save_for_backward(input, weight, bias, target, class_weight, maximum, log_sum, log_prob, entropy, *saved)
+        ctx.loss, ctx.options, ctx.weight_grad, ctx.stats = loss, options, weight_grad, stats
+        ctx.set_materialize_grads(False)
+        return log_prob.clone(), entropy, maximum + log_sum, smooth, stats
+
+    @staticmethod
+    def backward(ctx, g_log_prob, g_entropy, g_lse, g_smooth, _):
+        _refuse_double_backward()
+        input, weight, bias, target, class_weight, maximum, log_sum, log_prob, entropy, *saved = ctx.saved_tensors
+        upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]
+        if not upstream:
+            return (None,) * 8
+        with torch.autocast(input.device.type, enabled=False):
+            live = torch.zeros_like(target, dtype=torch.bool)
+            for g in upstream:
+                live |= g != 0
+            live &= target != ctx.loss.ignore_index
+            walk = CompressedWalk(input, weight, bias, target, ctx.loss, live, options=ctx.options)
+            walk.need(*_needs(ctx, ctx.weight_grad), ctx.weight_grad)
+            walk.class_weight = class_weight
+            # d log_prob/dz = 1[y] - p, d lse/dz = p, d smooth/dz = weight - (sum weight) p
+            b = walk.new_rows() if g_log_prob is None else -g_log_prob
+            a = b if g_lse is None else b + g_lse
+            if g_smooth is not None:
+                a = a - g_smooth * (float(walk.V) if class_weight is None else class_weight.sum())
+            every, s = Coefficients(a, b, g_entropy), None if g_smooth is None else -g_smooth
+
+            for tensors, index, slope, meta in _chunks(saved, ctx.meta):
+                here = live[index].nonzero().squeeze(1)
+                if not here.numel():
+                    continue
+                part, c = Part.restore(walk.engine, tensors, meta), every.at(index)
+                stats = RowStats(
+                    maximum[index], log_sum[index], log_prob[index], None if entropy is None else entropy[index]
+                )
+                rows = Rows(input[index], target[index], stats, slope)
+                if walk.meets(part, rows, c):
+                    index, rows = index[here], rows.at(here)
+                    chunk = Chunk(index, rows.target, rows.h)
+                    walk.add_part(chunk, rows, part.at(walk.engine, here), c.at(here), None if s is None else s[index])
+                    live[index] = False
+
+            walk.kept = live.nonzero().squeeze(1)
+            for chunk in walk:
+                keep = not ctx.loss.elementwise
+                forward = walk.engine.forward(chunk.h, chunk.target, ctx.loss.entropy, keep)
+                walk.add_known(chunk, forward, every.at(chunk.index), None if s is None else s[chunk.index])
+                walk.report.recomputed += 1
+            walk.finish()
+        ctx.stats.update(walk.report.stats() | {"saved_mb": ctx.stats["saved_mb"]})
+        grads = (walk.d_input, None if ctx.weight_grad is not None else walk.d_weight, walk.d_bias)
+        return (*(None if g is None else g.to(input.dtype) for g in grads), *(None,) * 5)
+
+
+def _needs(ctx, weight_grad: Tensor | None) -> tuple[bool, bool, bool]:
+    """Whether input, weight and bias want a gradient."""
+    d_input, d_weight, d_bias = ctx.needs_input_grad[:3]
+    return d_input, d_weight or weight_grad is not None, d_bias
+
+
+def _chunks(saved: list[Tensor], metas: list[dict]) -> Iterator[tuple[list[Tensor], Tensor, Tensor, dict]]:
+    """What `TokenValues.forward` kept: the tensors of each `Part`, its rows and their slopes."""
+    width = len(saved) // max(1, len(metas))
+    for i, meta in enumerate(metas):
+        *tensors, index, slope = saved[i * width : (i + 1) * width]
+        yield tensors, index, slope, meta
