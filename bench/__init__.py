@@ -12,6 +12,8 @@ from longtrace.trainer.config import Refusal
 
 BENCHES = {
     "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
+    "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
+    "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
 
@@ -20,7 +22,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput."""
+    """Which one: sft_throughput, head, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -29,22 +31,24 @@ class BenchConfig:
     """Model folder (none = random weights of SmolLM2-135M's shape)."""
     data: list[str] | None = None
     """Traces, as `longtrace sft --data` takes them (none = generated tokens)."""
-    tokens: int = 8192
-    """Tokens in a packed row."""
+    tokens: int = 0
+    """Tokens in a packed row (0 = 8,192; experiments 1,024)."""
     document_tokens: int = 0
     """Length of a generated document; 0 = one document fills the row."""
     repeats: int = 3
-    """Processes per implementation, interleaved."""
-    steps: int = 3
-    """Optimizer steps per process; the first is not timed."""
+    """Measurements per implementation, interleaved."""
+    steps: int = 0
+    """Optimizer steps per process (0 = 3; experiments 300); sft_throughput does not time the first."""
     threads: int = 0
     """Threads of every process (0 = the cores this one may use)."""
     impls: list[str] | None = None
     """Implementations to time (none = all that are installed)."""
+    inputs: list[str] | None = None
+    """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow)."""
 
 
 def bench(config: BenchConfig) -> None:
     """Runs one benchmark. Raises Refusal for an unknown name or unusable options."""
     if config.name not in BENCHES:
         raise Refusal(f"bench: found {config.name}; accepted: {', '.join(BENCHES)}")
-    importlib.import_module(f"longtrace.bench.{config.name}").bench(config)
+    importlib.import_module(f"longtrace.bench.{config.name.replace('/', '.')}").bench(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -22,6 +23,8 @@ from rich.table import Table
 from longtrace.trainer.environment import cpu_features, cpu_name, memory_bytes, packages
 
 console = Console()
+if not console.is_terminal:  # a log has no edge to wrap at
+    console = Console(width=120)
 
 PEERS = ("trl", "accelerate", "liger-kernel", "cut-cross-entropy", "flash-attn")
 MB = 1e6
@@ -67,6 +70,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def reset_peak() -> int:
+    """Starts the measure of `peak_bytes` anew where the kernel lets a process (Linux); returns what is held now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
 def installed(package: str) -> bool:
     """Whether the package can be imported; it is not imported here."""
     return importlib.util.find_spec(package) is not None
@@ -92,7 +102,9 @@ def peak_bytes() -> int:
 # One process per measurement
 
 
-def in_process(target: str, job: dict, *, threads: int, timeout_s: float | None = None) -> dict:
+def in_process(
+    target: str, job: dict, *, threads: int, timeout_s: float | None = None, environment: dict[str, str] | None = None
+) -> dict:
     """Runs `module:function(job) -> dict` in a fresh process with so many threads and returns what it returned.
 
     The process starts in an empty folder, so that no module of the clone shadows an installed one, and is kept from the
@@ -101,11 +113,13 @@ def in_process(target: str, job: dict, *, threads: int, timeout_s: float | None 
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
         spec = Path(folder) / "job.json"
         spec.write_text(json.dumps({"target": target, "job": job}))
-        environment = os.environ | {
+        environment = {
+            **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **(environment or {}),
         }
         command = [sys.executable, "-c", "from longtrace.bench.harness import _work; _work()", str(spec)]
         try:

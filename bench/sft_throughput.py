@@ -57,6 +57,7 @@ def bench(config: BenchConfig) -> None:
     if config.quick:
         config.model, config.data, config.tokens, config.document_tokens = "", None, 1024, 256
         config.repeats, config.steps = 3, 3
+    config.tokens, config.steps = config.tokens or 8192, config.steps or 3
     if config.steps < 2 or config.repeats < 1 or config.tokens < 16:
         raise Refusal("bench: accepted: --steps 2 or more (the first is not timed), --repeats 1, --tokens 16 or more")
     chosen = config.impls or DEFAULT_IMPLS
