@@ -23,7 +23,15 @@ UNITS = {  # one instruction set each, chosen at run time; never -march=native
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 FLAGS = {f"csrc/cpu/tile_{unit}.cpp": flags for unit, flags in UNITS.items()}
-COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+COMMON = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]  # the last: GCC bug 105593
 
 
 def extensions() -> list[Extension]:
@@ -39,7 +47,12 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             "longtrace.kernels._C",
-            ["csrc/ops.cpp", "csrc/cpu/head.cpp", "csrc/cpu/tile.cpp", *(f"csrc/cpu/tile_{unit}.cpp" for unit in units)],
+            [
+                "csrc/ops.cpp",
+                "csrc/cpu/head.cpp",
+                "csrc/cpu/tile.cpp",
+                *(f"csrc/cpu/tile_{unit}.cpp" for unit in units),
+            ],
             depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc/cpu").glob(pattern)],
             include_dirs=include_paths(),
             library_dirs=library_paths(),

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -56,8 +58,14 @@ const int64_t* indices(const Tensor& x, int64_t size, int64_t limit, const char*
   return at;
 }
 
+// Pieces are handed out as threads come free: cores that share their time with others do less, results do not change.
 void for_each(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { f(begin, end); });
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const int64_t piece = std::max<int64_t>(1, count / (16 * std::max<int64_t>(threads, 1)));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(piece); i < count; i = next.fetch_add(piece)) f(i, std::min(i + piece, count));
+  });
 }
 
 struct Call {
@@ -82,13 +90,24 @@ ScalarType operand_type(const TileKernels& k) { return k.bf16 ? ScalarType::BFlo
 
 Tensor new_vector(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Float); }
 
-// Uninitialised (V, row_stride(n)); huge pages spare a page fault every 4 KB.
-Tensor new_g(const Tensor& h, const Call& c, bool wanted) {
-  Tensor g = torch::stable::new_empty(h, {wanted ? c.V : 0, head::row_stride(c.n)}, operand_type(c.k));
+// The chunk of probabilities to fill: fits c or is refused.
+void* checked_g(const std::optional<Tensor>& g, const Call& c) {
+  if (!g) return nullptr;
+  STD_TORCH_CHECK(
+      g->dim() == 2 && g->size(0) == c.V && g->size(1) == head::row_stride(c.n) && g->is_contiguous() &&
+          g->scalar_type() == operand_type(c.k),
+      "g must be contiguous (V, row stride of n) in the operand dtype: head_buffer makes one");
+  return g->mutable_data_ptr();
+}
+
+// Uninitialised (V, row_stride(n)) in the operand dtype for `weight`; huge pages spare a page fault every 4 KB.
+Tensor head_buffer(const Tensor& weight, int64_t n) {
+  const TileKernels& k = tile_kernels(dtype_of(weight, "weight"));
+  Tensor g = torch::stable::new_empty(weight, {weight.size(0), head::row_stride(n)}, operand_type(k));
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(g.mutable_data_ptr()), first = (begin + page - 1) / page * page;
-  const uintptr_t end = (begin + size_t(g.numel()) * (c.k.bf16 ? 2 : 4)) / page * page;
+  const uintptr_t end = (begin + size_t(g.numel()) * (k.bf16 ? 2 : 4)) / page * page;
   if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   return g;
@@ -100,38 +119,36 @@ const TileKernels& kernels_of(const Tensor& g) {
   return k;
 }
 
-// (maximum, log_sum, log_prob, entropy, mass, slope, scale), each (n,), and g (V, row_stride(n)); entropy and g are empty
-// unless asked for.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
+// (maximum, log_sum, log_prob, entropy, mass, slope, scale), each (n,); entropy and mass are empty unless asked for. g as of
+// head_buffer(weight, n) is filled when given.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
     const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, double logit_scale,
-    double softcap, double temperature, bool entropy, bool keep) {
+    double softcap, double temperature, bool entropy, bool mass, const std::optional<Tensor>& g) {
   const Call c = head_call(h, weight, bias, target, logit_scale, softcap, temperature);
+  STD_TORCH_CHECK(g || !mass, "mass needs g");
   Tensor maximum = new_vector(h, c.n), log_sum = new_vector(h, c.n), log_prob = new_vector(h, c.n);
-  Tensor ent = new_vector(h, entropy ? c.n : 0), mass = new_vector(h, c.n), slope = new_vector(h, c.n);
+  Tensor ent = new_vector(h, entropy ? c.n : 0), masses = new_vector(h, mass ? c.n : 0), slope = new_vector(h, c.n);
   Tensor scale = new_vector(h, c.n);
-  Tensor g = new_g(h, c, keep);
   const head::TokenStats out{
       maximum.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>(), log_prob.mutable_data_ptr<float>(),
-      entropy ? ent.mutable_data_ptr<float>() : nullptr, mass.mutable_data_ptr<float>(), slope.mutable_data_ptr<float>(),
+      entropy ? ent.mutable_data_ptr<float>() : nullptr, mass ? masses.mutable_data_ptr<float>() : nullptr, slope.mutable_data_ptr<float>(),
       scale.mutable_data_ptr<float>()};
-  if (c.n)
-    head::forward(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, out, keep ? g.mutable_data_ptr() : nullptr, for_each);
-  return {maximum, log_sum, log_prob, ent, mass, slope, scale, g};
+  void* to = checked_g(g, c);
+  if (c.n) head::forward(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, out, to, for_each);
+  return {maximum, log_sum, log_prob, ent, masses, slope, scale};
 }
 
-// g (V, padded n) = p (a - e (log p + entropy)) times the softcap's derivative, 0 at the targets.
-Tensor head_gradient(
-    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, double logit_scale,
-    double softcap, double temperature, const Tensor& maximum, const Tensor& log_sum, const Tensor& a, const Tensor& e,
-    const Tensor& entropy) {
+// g = p (a - e (log p + entropy)) times the softcap's derivative, 0 at the targets.
+void head_gradient_(
+    const Tensor& g, const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    double logit_scale, double softcap, double temperature, const Tensor& maximum, const Tensor& log_sum, const Tensor& a,
+    const Tensor& e, const Tensor& entropy) {
   const Call c = head_call(h, weight, bias, target, logit_scale, softcap, temperature);
-  Tensor g = new_g(h, c, true);
   const head::TokenCoefficients with{
       vector(maximum, c.n, "maximum"), vector(log_sum, c.n, "log_sum"), vector(a, c.n, "a"), vector(e, c.n, "e"),
       vector(entropy, c.n, "entropy")};
-  if (c.n)
-    head::gradient(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, with, g.mutable_data_ptr(), for_each);
-  return g;
+  void* to = checked_g(g, c);
+  if (c.n) head::gradient(c.k, c.h, c.n, c.H, c.weight, c.V, c.transform, c.target, with, to, for_each);
 }
 
 // (n, N) fp32 = scale * g^T @ right[rows], right (V, N) with rows (F,) or all of its rows in order.
@@ -145,6 +162,20 @@ Tensor head_dh(
   Tensor out = torch::stable::new_empty(g, {n, N}, ScalarType::Float);
   if (n)
     head::dh(k, g.const_data_ptr(), g.stride(0), F, n, m, N, vector(scale, n, "scale"), out.mutable_data_ptr<float>(), for_each);
+  return out;
+}
+
+// (n, N) fp32, N <= 32: head_dh of every `step`th panel of 32 tokens; the other rows are 0.
+Tensor head_dh_sample(const Tensor& g, const Tensor& right, int64_t n, const Tensor& scale, int64_t step) {
+  const TileKernels& k = kernels_of(g);
+  const Matrix m = matrix(right, "right");
+  const int64_t F = g.size(0), N = right.size(1);
+  STD_TORCH_CHECK(F == right.size(0) && g.size(1) >= head::padded_tokens(n), "g does not fit right or n");
+  STD_TORCH_CHECK(N <= kPanel && step > 0, "at most 32 columns, and a step of at least 1");
+  Tensor out = torch::stable::new_zeros(g, {n, N}, ScalarType::Float);
+  if (n)
+    head::narrow_dh(
+        k, g.const_data_ptr(), g.stride(0), F, n, m, N, vector(scale, n, "scale"), out.mutable_data_ptr<float>(), step, for_each);
   return out;
 }
 
@@ -184,10 +215,12 @@ std::string cpu_capability() { return tile_kernels(Dtype::bf16).name; }
 STABLE_TORCH_LIBRARY(longtrace, m) {
   m.def(
       "head_forward(Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, float softcap, "
-      "float temperature, bool entropy, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float temperature, bool entropy, bool mass, Tensor(a!)? g) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "head_gradient(Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, float softcap, "
-      "float temperature, Tensor maximum, Tensor log_sum, Tensor a, Tensor e, Tensor entropy) -> Tensor");
+      "head_gradient_(Tensor(a!) g, Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, "
+      "float softcap, float temperature, Tensor maximum, Tensor log_sum, Tensor a, Tensor e, Tensor entropy) -> ()");
+  m.def("head_buffer(Tensor weight, int n) -> Tensor");
+  m.def("head_dh_sample(Tensor g, Tensor right, int n, Tensor scale, int step) -> Tensor");
   m.def("head_dh(Tensor g, Tensor right, Tensor? rows, int n, Tensor? scale) -> Tensor");
   m.def("head_dw_(Tensor(a!) out, Tensor g, Tensor right, Tensor? scale, Tensor? rows, bool add) -> ()");
   m.def("head_column_max(Tensor g, Tensor scale) -> Tensor");
@@ -196,7 +229,9 @@ STABLE_TORCH_LIBRARY(longtrace, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(longtrace, CPU, m) {
   m.impl("head_forward", TORCH_BOX(&longtrace::head_forward));
-  m.impl("head_gradient", TORCH_BOX(&longtrace::head_gradient));
+  m.impl("head_gradient_", TORCH_BOX(&longtrace::head_gradient_));
+  m.impl("head_buffer", TORCH_BOX(&longtrace::head_buffer));
+  m.impl("head_dh_sample", TORCH_BOX(&longtrace::head_dh_sample));
   m.impl("head_dh", TORCH_BOX(&longtrace::head_dh));
   m.impl("head_dw_", TORCH_BOX(&longtrace::head_dw_));
   m.impl("head_column_max", TORCH_BOX(&longtrace::head_column_max));

@@ -32,20 +32,28 @@ BF16_OPERANDS = LOADED and torch.ops.longtrace.cpu_capability() in ("avx512_bf16
 
 if LOADED:
 
-    def _operands(h: torch.Tensor, rows: int) -> torch.Tensor:
-        dtype = torch.bfloat16 if BF16_OPERANDS and h.dtype == torch.bfloat16 else torch.float32
-        panels = (h.shape[0] + 31) // 32
-        return h.new_empty(rows, (panels | 1) * 32, dtype=dtype)  # an odd number of panels: see row_stride in csrc
+    @torch.library.register_fake("longtrace::head_buffer")
+    def _(weight, n):
+        dtype = torch.bfloat16 if BF16_OPERANDS and weight.dtype == torch.bfloat16 else torch.float32
+        panels = (n + 31) // 32
+        return weight.new_empty(
+            weight.shape[0], (panels | 1) * 32, dtype=dtype
+        )  # an odd number: see row_stride in csrc
 
     @torch.library.register_fake("longtrace::head_forward")
-    def _(h, weight, bias, target, logit_scale, softcap, temperature, entropy, keep):
+    def _(h, weight, bias, target, logit_scale, softcap, temperature, entropy, mass, g):
         n = h.shape[0]
-        vectors = [h.new_empty(size, dtype=torch.float32) for size in (n, n, n, n if entropy else 0, n, n, n)]
-        return (*vectors, _operands(h, weight.shape[0] if keep else 0))
+        return tuple(
+            h.new_empty(size, dtype=torch.float32) for size in (n, n, n, n if entropy else 0, n if mass else 0, n, n)
+        )
 
-    @torch.library.register_fake("longtrace::head_gradient")
-    def _(h, weight, bias, target, logit_scale, softcap, temperature, maximum, log_sum, a, e, entropy):
-        return _operands(h, weight.shape[0])
+    @torch.library.register_fake("longtrace::head_gradient_")
+    def _(g, h, weight, bias, target, logit_scale, softcap, temperature, maximum, log_sum, a, e, entropy):
+        return None
+
+    @torch.library.register_fake("longtrace::head_dh_sample")
+    def _(g, right, n, scale, step):
+        return g.new_empty(n, right.shape[1], dtype=torch.float32)
 
     @torch.library.register_fake("longtrace::head_dh")
     def _(g, right, rows, n, scale):

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kRows = 128;       // vocabulary rows of a work item: its weight block stays in the L2 cache
 constexpr int64_t kDepth = 512;      // vocabulary rows summed by one product of head_dh
+constexpr int64_t kSums = 640 << 10;  // bytes of partial sums of a work item of head_dh: they stay in the L2 cache
 constexpr int64_t kGroup = 8;        // panels of a work item
 constexpr float kFarAbove = 60.0f;   // exp of more would leave too little room below fp32's largest number
 
@@ -155,19 +156,17 @@ void forward(
     const TileKernels& k, const Matrix& h, int64_t n, int64_t H, const Matrix& weight, int64_t V, const Transform& transform,
     const int64_t* target, const TokenStats& out, void* g, const ForEach& for_each) {
   const int64_t ld = row_stride(n), blocks = (V + kRows - 1) / kRows, size = operand_size(k);
-  const bool cap = transform.softcap != 0;
   std::vector<Target> targets(size_t(n), Target{0, 1});
   for_each(n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) targets[i] = target_logit(h, i, weight, target[i], H, transform);
   });
   // x = z - reference: any reference within e^60 of the largest logit will do, a close one keeps more digits.
   for (int64_t i = 0; i < n; ++i) out.maximum[i] = std::isfinite(targets[i].z) ? float(targets[i].z) : 0.0f;
-  const int64_t kinds = 2 + (out.entropy ? 1 : 0) + (cap ? 1 : 0);  // sums of each block and token
+  const int64_t kinds = 2 + (out.entropy ? 1 : 0) + (out.mass ? 1 : 0);  // sums of each block and token
   Buffer partial = scratch(blocks * kinds * ld * 4);
   const auto part = [&](int64_t block, int64_t kind) { return reinterpret_cast<float*>(partial.get()) + (block * kinds + kind) * ld; };
-  const Padded zero(nullptr, n, 0.0f);
   const Tokens tokens = pack_tokens(k, h, n, H, for_each);
-  const auto pass = [&](int64_t vocabulary, void* g) {
+  const auto pass = [&](int64_t vocabulary, void* to) {
     const Padded maximum(out.maximum, n, INFINITY);  // exp(z - inf) = 0: padding keeps out of g
     for_tiles(tokens, weight, vocabulary, for_each, [&](int64_t block, int64_t p, const float* tile, int64_t rows) {
       const int64_t o = p * kPanel;
@@ -175,11 +174,11 @@ void forward(
       relative_targets(target, n, p, block, where);
       Epilogue how = transform_of(transform);
       how.bias = transform.bias ? transform.bias + block * kRows : nullptr;
-      how.target = where, how.maximum = maximum + o, how.log_sum = zero + o;
+      how.target = where, how.maximum = how.log_sum = maximum + o;
       how.sum = part(block, 0) + o, how.peak = part(block, 1) + o;
-      how.dot = out.entropy ? part(block, 2) + o : nullptr, how.mass = cap ? part(block, kinds - 1) + o : nullptr;
+      how.dot = out.entropy ? part(block, 2) + o : nullptr, how.mass = to && out.mass ? part(block, kinds - 1) + o : nullptr;
       for (int64_t kind = 0; kind < kinds; ++kind) std::fill_n(part(block, kind) + o, kPanel, kind == 1 ? -INFINITY : 0.0f);
-      if (g) how.g = static_cast<char*>(g) + (block * kRows * ld + o) * size, how.ldg = ld;
+      if (to) how.g = static_cast<char*>(to) + (block * kRows * ld + o) * size, how.ldg = ld;
       k.epilogue(tile, rows, how);
     });
   };
@@ -191,27 +190,35 @@ void forward(
   for (bool again = true; again;) {
     pass(V, g);
     again = false;
+    for_each(n, [&](int64_t begin, int64_t end) {
+      std::fill(peak.begin() + begin, peak.begin() + end, -INFINITY);
+      for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t i = begin; i < end; ++i) peak[i] = std::max(peak[i], part(b, 1)[i]);
+    });
     for (int64_t i = 0; i < n; ++i) {
-      peak[i] = -INFINITY;
-      for (int64_t b = 0; b < blocks; ++b) peak[i] = std::max(peak[i], part(b, 1)[i]);
       const bool far_below = !std::isfinite(targets[i].z) && std::isfinite(peak[i]) && peak[i] < -kFarAbove;
       if (peak[i] > kFarAbove || far_below) out.maximum[i] += peak[i], again = true;
     }
   }
+  std::vector<double> totals(size_t(3 * n), 0.0);
+  double *rests = totals.data(), *dots = rests + n, *masses = dots + n;
+  for_each(n, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = begin; i < end; ++i) {
+        rests[i] += part(b, 0)[i];
+        if (out.entropy) dots[i] += part(b, 2)[i];
+        if (out.mass) masses[i] += part(b, kinds - 1)[i];
+      }
+  });
   for (int64_t i = 0; i < n; ++i) {
-    double rest = 0, dot = 0, mass = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      rest += part(b, 0)[i];
-      if (out.entropy) dot += part(b, 2)[i];
-      if (cap) mass += part(b, kinds - 1)[i];
-    }
+    const double rest = rests[i], dot = dots[i], mass = masses[i];
     const double reference = out.maximum[i], x = targets[i].z - reference, own = std::exp(x), total = rest + own;
     const double log_total = std::log(total);
     if (std::isfinite(peak[i])) out.maximum[i] = float(reference + std::max(double(peak[i]), std::isfinite(x) ? x : -INFINITY));
     out.log_sum[i] = float(log_total + reference - out.maximum[i]);
     out.log_prob[i] = float(rest < own ? -std::log1p(rest / own) : x - log_total);
     if (out.entropy) out.entropy[i] = float(log_total - (dot + (own > 0 ? x * own : 0)) / total);
-    out.mass[i] = float((cap ? mass : rest) / total);
+    if (out.mass) out.mass[i] = float(mass / total);
     out.slope[i] = float(targets[i].slope);
     out.scale[i] = float(1 / total);
   }
@@ -238,13 +245,12 @@ void gradient(
   });
 }
 
-namespace {
-
-// dh for a few columns: g is zipped into panels where it lies (K x 32 tokens) and right turned, 32 rows at most.
+// g is zipped into panels where it lies (K x 32 tokens) and right turned, 32 rows at most.
 void narrow_dh(
     const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
-    float* out, const ForEach& for_each) {
+    float* out, int64_t step, const ForEach& for_each) {
   const int64_t size = operand_size(k), panels = padded_tokens(n) / kPanel, ld = panels * kPanel;
+  const int64_t together = step == 1 ? kGroup : 1;
   const int64_t ranges = std::clamp<int64_t>(F / (8 * kDepth), 1, 16), depth = up((F + ranges - 1) / ranges, kDepth);
   Buffer partial = scratch(ranges * N * ld * 4);
   float* sums = reinterpret_cast<float*>(partial.get());
@@ -261,8 +267,8 @@ void narrow_dh(
         const int64_t K = std::min(kDepth, stop - start), padded = up(K, k.k_step);
         k.copy_rows(right, start, K, N, rows.get(), kPanel);
         k.transpose(rows.get(), kPanel, K, padded, turned.get(), lda);
-        for (int64_t p = 0; p < panels; p += kGroup) {
-          const int64_t columns = std::min(kGroup, panels - p) * kPanel;
+        for (int64_t p = 0; p < panels; p += together * step) {
+          const int64_t columns = std::min(together, panels - p) * kPanel;
           Matrix part = operands;
           part.data = static_cast<const char*>(g) + p * kPanel * size;
           k.pack(part, start, K, padded, columns, nullptr, panel.get());
@@ -275,7 +281,7 @@ void narrow_dh(
   });
   for_each(n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < N; ++j) {
+      for (int64_t j = 0; j < N && i / kPanel % step == 0; ++j) {
         float total = 0;
         for (int64_t r = 0; r < ranges; ++r) total += sums[(r * N + j) * ld + i];
         out[i * N + j] = scale ? total * scale[i] : total;
@@ -283,18 +289,16 @@ void narrow_dh(
   });
 }
 
-}  // namespace
-
 void dh(
     const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
     float* out, const ForEach& for_each) {
-  if (N <= kPanel) return narrow_dh(k, g, ldg, F, n, right, N, scale, out, for_each);
+  if (N <= kPanel) return narrow_dh(k, g, ldg, F, n, right, N, scale, out, 1, for_each);
   const int64_t size = operand_size(k), columns = up(N, kPanel), panels = padded_tokens(n) / kPanel;
   // The rows of g are cut in ranges whose sums are added in order: their number depends on F and N, never on threads or n.
   const int64_t affordable = std::max<int64_t>(1, (64 << 20) / (1024 * columns * 4));
   const int64_t ranges = std::clamp<int64_t>((F + 8 * kDepth - 1) / (8 * kDepth), 1, std::min<int64_t>(16, affordable));
-  const int64_t depth = up((F + ranges - 1) / ranges, kDepth), groups = ranges > 3 ? 1 : (panels + kGroup - 1) / kGroup;
-  const int64_t per_group = (panels + groups - 1) / groups, slab = panels * kPanel * columns;
+  const int64_t depth = up((F + ranges - 1) / ranges, kDepth), fit = std::max<int64_t>(kRows / kPanel, kSums / (kPanel * columns * 4));
+  const int64_t groups = (panels + fit - 1) / fit, per_group = (panels + groups - 1) / groups, slab = panels * kPanel * columns;
   Buffer partial = scratch(ranges * slab * 4);
   float* sums = reinterpret_cast<float*>(partial.get());
   for_each(ranges * groups, [&](int64_t begin, int64_t end) {

@@ -15,9 +15,10 @@ struct Transform {
   const float* bias;                        // (V,) or null
 };
 
-// Per token, (n,) each. lse = maximum + log_sum; the probabilities are scale * g for g as kept by the forward.
+// Per token, (n,) each. lse = maximum + log_sum; the probabilities are scale * g for g as kept by the forward, mass their
+// sum as rounded.
 struct TokenStats {
-  float *maximum, *log_sum, *log_prob, *entropy, *mass, *slope, *scale;  // entropy null: not asked for
+  float *maximum, *log_sum, *log_prob, *entropy, *mass, *slope, *scale;  // entropy, mass null: not asked for
 };
 
 // Coefficients of the recomputed gradient, (n,) each: p (a - e (log p + entropy)).
@@ -42,6 +43,11 @@ void gradient(
 void dh(
     const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
     float* out, const ForEach& for_each);
+
+// The same for N <= 32 columns, of every `step`th panel of 32 tokens only; the other rows of out are left alone.
+void narrow_dh(
+    const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
+    float* out, int64_t step, const ForEach& for_each);
 
 // out (its rows `rows` if given, row stride ldo) = or += g (F, n) @ diag(scale) right (n, N)
 void dw(

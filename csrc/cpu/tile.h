@@ -26,10 +26,10 @@ struct Epilogue {
   float bias_scale, softcap_out; // softcap_out 0: no softcap
   const float* bias;             // (rows,) or null
   const int32_t* target;         // row of this tile that is the token's target (any other value: not here)
-  const float* maximum;          // x = (z - maximum) - log_sum
+  const float* maximum;          // x = z - maximum; - log_sum with coefficients
   const float* log_sum;
   const float *a, *e, *entropy;  // null in the forward: the value is exp(x); else exp(x) * (a - e * (x + entropy))
-  float *sum, *peak, *dot, *mass;  // += exp(x), max= x, += x exp(x) (if not null), += value
+  float *sum, *peak, *dot, *mass;  // += exp(x), max= x, += x exp(x) (if not null), += value as stored (if not null)
   void* g;                       // values (times the softcap's derivative), operand dtype, row stride ldg; or null
   int64_t ldg;
 };

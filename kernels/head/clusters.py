@@ -5,6 +5,8 @@ Rows that are close in direction have close softmax tails; the compressed gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,16 @@ def runs_or_signs(coefficient: Tensor, most: int) -> Tensor:
     return (coefficient < 0).long()
 
 
-def spherical_kmeans(h: Tensor, weight: Tensor, group: Tensor, k: int, steps: int = 3) -> Tensor:
+def spherical_kmeans(
+    h: Tensor, weight: Tensor, group: Tensor, k: int, similarity: Callable[[Tensor, Tensor], Tensor], steps: int = 3
+) -> Tensor:
     """(n,) cluster in [0, k') of each row of h (n, H); rows of different `group` (n,) never share one.
 
     weight (n,) >= 0 is a row's share in its centroid. Each group gets clusters in proportion to its rows, at least
-    one, so k' can exceed k when there are many groups; clusters may end empty. Sums are in float64, so that the order
-    in which threads add cannot move a row to another cluster.
+    one, so k' can exceed k when there are many groups; clusters may end empty. `similarity` (n, k) = x @ centre^T and the
+    sums of the centres are the same for any number of threads, so no row moves to another cluster by chance.
     """
-    x = torch.nn.functional.normalize(h.double(), dim=1)
-    weight = weight.double()
+    x = torch.nn.functional.normalize(h.to(weight.dtype), dim=1)
     n, counts = len(x), torch.bincount(group)
     starts, owners = [], []
     order = group.argsort(stable=True)
@@ -42,11 +45,10 @@ def spherical_kmeans(h: Tensor, weight: Tensor, group: Tensor, k: int, steps: in
     centre = x[torch.stack(starts)]
     foreign = group[:, None] != torch.tensor(owners, device=h.device)
     for step in range(steps + 1):
-        cluster = (x @ centre.t()).masked_fill_(foreign, -torch.inf).argmax(1)
+        cluster = similarity(x, centre).masked_fill(foreign, -torch.inf).argmax(1)
         if step == steps:
             return cluster
-        one_hot = torch.nn.functional.one_hot(cluster, len(owners)).to(x)
-        moved = (one_hot * weight[:, None]).t() @ x
+        moved = torch.zeros_like(centre).index_add_(0, cluster, x * weight[:, None])  # in the order of the rows
         length = moved.norm(dim=1, keepdim=True)
         centre = torch.where(length > 0, moved / length, centre)  # an empty cluster stays where it was
     raise AssertionError("unreachable")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ from longtrace.kernels.head.tail import (
     tail_terms,
     target_values,
 )
+
+TOGETHER = 256  # profiles whose share of dH and dW is added in one product
+
+
+class Tail(NamedTuple):
+    """What the tail of a chunk still owes to dH and dW."""
+
+    matrix: Matrix  # (V, k or 2k) profiles
+    weight: Tensor  # (n, 1 or 2) of the profiles in each row
+    cluster: Tensor  # (n,)
+    rank: int  # k
+    index: Tensor  # (n,) rows of the input
+    sums: Tensor  # (k or 2k, H) of weight times h over each cluster, float64
 
 
 class Report:
@@ -80,7 +94,7 @@ class CompressedWalk(Walk):
 
     def __init__(self, *args, options: Compression):
         super().__init__(*args)
-        self.options, self.report = options, Report(self.V)
+        self.options, self.report, self.tails = options, Report(self.V), []
         if self.chunks.rows > CHUNK_ROWS:  # the union of a longer chunk's columns would be most of V
             self.chunks = replace(self.chunks, rows=CHUNK_ROWS, block=min(self.chunks.block, CHUNK_ROWS))
             if isinstance(self.engine, TorchEngine):
@@ -135,22 +149,38 @@ class CompressedWalk(Walk):
             ones = rows.h.new_full((len(rows.target), 1), 1.0 / transform.temperature, dtype=self.dtype)
             self.d_bias[part.columns] += engine.project(kept, ones).squeeze(1)
             self.d_bias += engine.project(tail, cluster_sums(part, t, ones).to(self.dtype)).squeeze(1)
-        dh = None
-        if self.d_input is not None:
-            dh = engine.dh(_times(kept, transform.gain), part.columns)
-            profiles = engine.dh(_times(tail, transform.gain), None)  # (k or 2k, H)
-            for j, weight in enumerate(t.unbind(1)):
-                dh += weight[:, None] * profiles[part.cluster + j * part.rank]
+        dh = engine.dh(_times(kept, transform.gain), part.columns) if self.d_input is not None else None
         if s is not None:
             self.smoothing.take_(dh, chunk.h, s)
         if dh is not None:
             self.d_input[chunk.index] = dh
         if self.d_weight is not None:
             engine.dw_(self.d_weight, _times(kept, transform.gain), chunk.h, part.columns)
-            sums = cluster_sums(part, t, chunk.h)
+        self.tails.append(Tail(tail, t, part.cluster, part.rank, chunk.index, cluster_sums(part, t, chunk.h)))
+        if sum(len(tail.sums) for tail in self.tails) >= TOGETHER:
+            self.add_tails()
+
+    def add_tails(self) -> None:
+        """Add the tails of several chunks at once: W and dW go through memory once for all of them."""
+        if not self.tails:
+            return
+        gain, tails, self.tails = self.loss.transform.gain, self.tails, []
+        g = torch.cat([x.matrix.g[:, : len(x.sums)] for x in tails], 1)
+        joined = self.engine.pack(g, torch.cat([x.matrix.scale for x in tails]))
+        if self.d_input is not None:
+            profiles = self.engine.dh(_times(joined, gain), None)
+            for x, profile in zip(tails, profiles.split([len(x.sums) for x in tails])):
+                for j, weight in enumerate(x.weight.unbind(1)):
+                    self.d_input[x.index] += weight[:, None] * profile[x.cluster + j * x.rank]
+        if self.d_weight is not None:
+            sums = torch.cat([x.sums for x in tails])
             top = sums.abs().amax(1, keepdim=True).clamp(min=torch.finfo(self.dtype).tiny)
-            by_row = transform.gain * top.squeeze(1).to(self.dtype)  # fp16 would lose small sums: they are of order 1
-            engine.dw_(self.d_weight, _times(tail, by_row), (sums / top).to(chunk.h.dtype), None)
+            by_row = gain * top.squeeze(1).to(self.dtype)  # fp16 would lose small sums: they are of order 1
+            self.engine.dw_(self.d_weight, _times(joined, by_row), (sums / top).to(self.weight.dtype), None)
+
+    def finish(self) -> None:
+        self.add_tails()
+        super().finish()
 
     def meets(self, part: Part, rows: Rows, c: Coefficients) -> bool:
         """Whether a kept chunk meets the bounds with the coefficients that came from upstream; sets its errors."""
@@ -191,7 +221,8 @@ class WeightedLoss(torch.autograd.Function):
             eps, V = loss.label_smoothing, walk.V
             all_weight = float(V) if class_weight is None else class_weight.sum()
             for chunk in walk:
-                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, any(needs) and not loss.elementwise)
+                keep = any(needs) and not loss.elementwise
+                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, keep, mass=keep)
                 stats, c = forward.stats, coefficient[chunk.index].to(walk.dtype)
                 row_lse = stats.maximum + stats.log_sum
                 log_prob[chunk.index], lse[chunk.index] = stats.log_prob, row_lse
@@ -249,7 +280,7 @@ class TokenValues(torch.autograd.Function):
             saved, ctx.meta = [], []
             left = budget_bytes(loss.budget_mb, input.device.type) if any(needs) and not loss.elementwise else 0
             for chunk in walk:
-                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, left > 0)
+                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, left > 0, mass=left > 0)
                 stats, index = forward.stats, chunk.index
                 maximum[index], log_sum[index], log_prob[index] = stats.maximum, stats.log_sum, stats.log_prob
                 if entropy is not None:
@@ -317,7 +348,7 @@ class TokenValues(torch.autograd.Function):
             walk.kept = live.nonzero().squeeze(1)
             for chunk in walk:
                 keep = not ctx.loss.elementwise
-                forward = walk.engine.forward(chunk.h, chunk.target, ctx.loss.entropy, keep)
+                forward = walk.engine.forward(chunk.h, chunk.target, ctx.loss.entropy, keep, mass=keep)
                 walk.add_known(chunk, forward, every.at(chunk.index), None if s is None else s[chunk.index])
                 walk.report.recomputed += 1
             walk.finish()

@@ -57,8 +57,8 @@ class TorchEngine:
         """Final logits (n, V) in the compute dtype."""
         return self.transform.apply_(self.gemm.logits(h), self.bias)
 
-    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool) -> Forward:
-        """Statistics of rows h (n, H) at target (n,) int64; `keep` also keeps the probabilities."""
+    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
+        """Statistics of rows h (n, H) at target (n,) int64; `keep` also keeps the probabilities, `mass` their sum."""
         logits = self._logits(h)
         stats = epilogue.softmax_stats(logits, target, entropy)
         if not keep:
@@ -69,7 +69,7 @@ class TorchEngine:
             p.mul_(slope)
             slope = slope.gather(1, target[:, None]).squeeze(1)
         p.scatter_(1, target[:, None], 0.0)
-        return Forward(stats, Matrix(p.t(), None), p.sum(1), slope)
+        return Forward(stats, Matrix(p.t(), None), p.sum(1) if mass else None, slope)
 
     def gradient(
         self,
@@ -126,6 +126,14 @@ class TorchEngine:
         """(n, N) = value^T @ right (V, N), accumulated and returned in the compute dtype."""
         out = self.gemm.product(matrix.g.t(), right)
         return out if matrix.scale is None else out * matrix.scale[:, None]
+
+    def sample_rows(self, matrix: Matrix, right: Tensor, step: int) -> Tensor:
+        """`rows` of every `step`th block of 32 rows; the others may hold anything."""
+        return self.rows(matrix, right)
+
+    def similarity(self, x: Tensor, centre: Tensor) -> Tensor:
+        """(n, k) = x (n, H) @ centre (k, H)^T, fp32; close enough to sums that know no threads to cluster by."""
+        return (x.double() @ centre.double().t()).to(x.dtype)
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
         """(n, H) = value^T @ weight (of `columns`, when given), in the compute dtype."""

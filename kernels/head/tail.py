@@ -30,6 +30,7 @@ ROW_ERROR_RATIO = 15.0  # a dropped vocabulary row may be this much worse than d
 ROW_SKETCH = 15  # projections of dH; with the column that sums the dropped mass the product is 16 wide
 BLOCK = 64  # neighbouring rows that are taken to share a part of their coefficient (`Part.predicted`)
 SAMPLE = 4096  # dropped rows of dW that a median is taken over
+ROW_BLOCK, SAMPLE_STEP = 32, 4  # dH is sampled in every fourth block of 32 rows
 SLICE = 2**20  # elements of the temporaries of an element-wise pass
 
 
@@ -87,7 +88,7 @@ class Rows(NamedTuple):
 class Sketch:
     """The random projections of one call; a fixed seed makes every run the same.
 
-    right (H, 96) of random signs projects rows of dW; omega (V, 16) = (W @ signs, 1) projects rows of dH.
+    right (H, 48) of random signs projects rows of dW; omega (V, 16) = (W @ signs, 1) projects rows of dH.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
@@ -96,7 +97,8 @@ class Sketch:
         self.signs = lambda *shape: (
             torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).to(weight.device, weight.dtype)
         )
-        self.right = self.signs(weight.shape[1], 96)
+        self.right = self.signs(weight.shape[1], 48)
+        self.row_signs = self.signs(CHUNK_ROWS, 1)
         ones = weight.new_ones(weight.shape[0], 1)
         self.omega = torch.cat([weight @ self.signs(weight.shape[1], ROW_SKETCH), ones], 1).to(dtype)
 
@@ -114,8 +116,9 @@ class Part:
     tail: Matrix | None = None  # (V, k) profiles q_j, 0 at kept columns
     cluster: Tensor | None = None  # (n,)
     mass: Tensor | None = None  # (n,) m_i
-    deviation: Tensor | None = None  # (n, 15) projections of sum_dropped (p[v, i] - m_i q_j(i)) W[v]
-    size: Tensor | None = None  # (n, 15) projections of sum_kept p[v, i] W[v], targets apart
+    sample: Tensor | None = None  # (n',) the rows that `deviation` and `size` are of
+    deviation: Tensor | None = None  # (n', 15) projections of sum_dropped (p[v, i] - m_i q_j(i)) W[v]
+    size: Tensor | None = None  # (n', 15) projections of sum_kept p[v, i] W[v], targets apart
     mean_tail: Tensor | None = None  # (k, 15) projections of q_j . W
     spread: tuple[float, float, float] = (0.0, 0.0, 0.0)  # error of dropped rows of dW; see `row_errors`
     dh_error: float = 0.0  # estimated relative error of dH
@@ -140,10 +143,13 @@ class Part:
         return cls(**meta["rest"], **values)
 
     def at(self, engine: TorchEngine, rows: Tensor) -> Part:
-        """A copy of some of the rows, as the engine wants it."""
-        kept = engine.pack(self.kept.g.index_select(1, rows), self.kept.scale[rows])
-        per_row = {x: getattr(self, x)[rows] for x in ("position", "cluster", "mass", "deviation", "size")}
-        return replace(self, kept=kept, **per_row)
+        """A copy of some of the rows, as the engine wants it; it has no sample, and so no estimates to make."""
+        per_row = {x: getattr(self, x)[rows] for x in ("position", "cluster", "mass")}
+        if len(rows) == len(self.position):  # all of them: no gathering
+            kept = Matrix(self.kept.g.to(self.tail.g.dtype, copy=True), self.kept.scale)
+        else:
+            kept = engine.pack(self.kept.g.index_select(1, rows), self.kept.scale[rows])
+        return replace(self, kept=kept, sample=None, deviation=None, size=None, **per_row)
 
     def predicted(self, coefficient: Tensor) -> float:
         """Median relative error of the dropped rows of dW once row i weighs `coefficient` (n,), all rows of the chunk.
@@ -252,13 +258,16 @@ def strain(part: Part, rows: Rows, c: Coefficients) -> float:
 
 def dh_error(engine: TorchEngine, sketch: Sketch, part: Part, rows: Rows, c: Coefficients) -> float:
     """Estimated relative Frobenius error of dH over the chunk: the mean square over the projections and two errors."""
-    factor = effective(part, rows, c)[:, None]
+    sample = part.sample
+    factor = effective(part, rows, c)[sample, None]
     if c.e is None:
-        kept = c.a[:, None] * part.size + target_values(rows, c)[:, None] * sketch.omega[rows.target, :-1]
+        own = target_values(rows, c)[sample, None] * sketch.omega[rows.target[sample], :-1]
+        kept = c.a[sample, None] * part.size + own
     else:
         copy = part.at(engine, torch.arange(len(part.position), device=part.position.device))
-        kept = engine.rows(fill(copy.kept, part.position, rows, c), sketch.omega[part.columns, :-1])
-    whole = kept + factor * part.mass[:, None] * part.mean_tail[part.cluster]
+        filled = fill(copy.kept, part.position, rows, c)
+        kept = engine.rows(filled, sketch.omega[part.columns, :-1])[sample]
+    whole = kept + factor * part.mass[sample, None] * part.mean_tail[part.cluster[sample]]
     whole = whole.square().sum(0, dtype=torch.float64).mean()
     wrong = (part.deviation * factor).square().sum(0, dtype=torch.float64)
     upper = wrong.mean() + 2 * wrong.std() / len(wrong) ** 0.5
@@ -283,13 +292,19 @@ def row_errors(wrong: Tensor, norm: Tensor) -> float:
 class _Candidates:
     """The compressions of one chunk for several eps and k, sharing the passes over its (V, n) probabilities."""
 
-    def __init__(self, engine: TorchEngine, sketch: Sketch, matrix: Matrix, rows: Rows, c: Coefficients | None):
+    def __init__(
+        self, engine: TorchEngine, sketch: Sketch, matrix: Matrix, mass: Tensor, rows: Rows, c: Coefficients | None
+    ):
         self.engine, self.sketch, self.matrix, self.rows, self.c = engine, sketch, matrix, rows, c
         self.V, self.n = matrix.g.shape[0], len(rows.target)
-        self.largest = engine.column_max(matrix)
-        self.all = engine.rows(matrix, sketch.omega)
+        self.largest, self.mass = engine.column_max(matrix), mass
+        self.all: Tensor | None = None
+        self.sample = torch.arange(self.n, device=rows.target.device)
+        if self.n >= 8 * ROW_BLOCK * SAMPLE_STEP:
+            self.sample = (self.sample // ROW_BLOCK % SAMPLE_STEP == 0).nonzero().squeeze(1)
+        self.step = 1 if len(self.sample) == self.n else SAMPLE_STEP
         self.group = rows.target.new_zeros(self.n)
-        self.weight = self.all.new_ones(self.n)
+        self.weight = torch.ones_like(mass)
         self.rank = 0
 
     def columns(self, eps: float) -> tuple[Tensor, Tensor]:
@@ -302,61 +317,64 @@ class _Candidates:
         mask, columns = self.columns(eps)
         position = (mask.cumsum(0) - 1)[self.rows.target]
         kept = self.engine.take(self.matrix, columns)
-        kept = Matrix(kept.g, self.all.new_ones(self.n) if kept.scale is None else kept.scale)
+        kept = Matrix(kept.g, self.weight.new_ones(self.n) if kept.scale is None else kept.scale)
         part = Part(kept, columns, position, eps, max(1, self.V - columns.numel()))
         inside = self.engine.rows(part.kept, self.sketch.omega.index_select(0, columns))
-        outside = self.all - inside
-        part.mass = outside[:, -1].clamp(min=0)
+        part.mass = (self.mass - inside[:, -1]).clamp(min=0)
         c = self.c or Coefficients(self.weight, self.weight)
         if self.rank != k:
-            self._project(part, k, c, need_dw)
-        q = torch.where(mask[:, None], 0.0, self.sums)
-        total = q.sum(0, dtype=torch.float64)
+            self._cluster(part, k)
+        q = self.sums.index_fill_(0, columns, 0.0)  # in place: a smaller eps keeps more columns, never fewer
+        total = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device)
+        total.index_add_(0, self.cluster, (self.weight * part.mass).double())
         top = q.amax(0).clamp(min=torch.finfo(q.dtype).tiny)
         scale = torch.where(total > 0, top / total, 0.0).to(q.dtype)
-        part.tail = self.engine.pack(q.div_(top), scale)  # at most 1: no dtype loses the small ones
-        part.rank = len(scale)
-        part.cluster = self.cluster
-        part.mean_tail = self.engine.rows(part.tail, self.sketch.omega[:, :-1].contiguous())
-        part.deviation = outside[:, :-1] - part.mass[:, None] * part.mean_tail[self.cluster]
-        part.size = inside[:, :-1]
+        part.tail = self.engine.pack(q / top, scale)  # at most 1: no dtype loses the small ones
+        part.rank, part.cluster = len(scale), self.cluster
         if need_dh:
+            if self.all is None:
+                self.all = self.engine.sample_rows(self.matrix, self.sketch.omega[:, :-1].contiguous(), self.step)
+            part.mean_tail = self.engine.rows(part.tail, self.sketch.omega[:, :-1].contiguous())
+            s = part.sample = self.sample
+            part.size = inside[s, :-1]
+            part.deviation = self.all[s] - part.size - part.mass[s, None] * part.mean_tail[self.cluster[s]]
             part.dh_error = dh_error(self.engine, self.sketch, part, self.rows, c)
         if need_dw and columns.numel() < self.V:
             part.spread = self._spread(part, ~mask, c)
             part.dw_error = _with_rounding((part.spread[0] * strain(part, self.rows, c)) ** 2, self.rows.h.dtype)
         return part
 
-    def _project(self, part: Part, k: int, c: Coefficients, need_dw: bool) -> None:
-        """The cluster sums (V, k) and the projections (V, s) of dW, in one product; they hold for every eps."""
+    def _cluster(self, part: Part, k: int) -> None:
+        """The clusters of the rows and their column sums (V, k), which hold for every eps."""
         self.rank = k
-        factor = self.weight
         if self.c is not None:
-            factor = effective(part, self.rows, c)
+            factor = effective(part, self.rows, self.c)
             self.weight, self.group = factor.abs(), runs_or_signs(factor, max(2, k // 16))
-        self.cluster = spherical_kmeans(self.rows.h, self.weight * part.mass, self.group, k)
+        weight = self.weight * part.mass
+        self.cluster = spherical_kmeans(self.rows.h, weight, self.group, k, self.engine.similarity)
         clusters = int(self.cluster.max()) + 1
-        right = one_hot(self.cluster, clusters).to(self.weight) * self.weight[:, None]
-        if need_dw:
-            least = 16 if self.c is not None else 48
-            wide = least + -(clusters + least) % 32
-            psi = (self.rows.h @ self.sketch.right[:, :wide].to(self.rows.h.dtype)).to(self.weight) * factor[:, None]
-            if self.c is None:  # random signs per row and per block of rows show what other coefficients would meet
-                psi[:, -16:] *= self.sketch.signs(self.n, 1).to(psi)
-                psi[:, -32:-16] *= self.sketch.signs(-(-self.n // BLOCK), 1).repeat_interleave(BLOCK, 0)[: self.n]
-            self.psi = psi.to(self.rows.h.dtype).to(psi)
-            right = torch.cat([right, self.psi], 1)
-        product = self.engine.project(self.matrix, right)
-        self.sums, self.true = product[:, :clusters], product[:, clusters:]
+        self.sums = self.engine.project(self.matrix, one_hot(self.cluster, clusters).to(weight) * self.weight[:, None])
 
     def _spread(self, part: Part, dropped: Tensor, c: Coefficients) -> tuple[float, float, float]:
+        """Errors of a sample of the dropped rows of dW; with c unknown also under random signs by block and by row."""
         factor = effective(part, self.rows, c)
-        live = (dropped & (self.true.abs().amax(1) > 0)).nonzero().squeeze(1)
-        if not len(live):
+        some = dropped.nonzero().squeeze(1)
+        some = some[:: max(1, len(some) // SAMPLE)]
+        wide = 16 if self.c is not None else 48
+        psi = (self.rows.h @ self.sketch.right[:, :wide].to(self.rows.h.dtype)).to(factor) * factor[:, None]
+        if self.c is None:
+            psi[:, -16:] *= self.sketch.row_signs[: self.n].to(psi)
+            psi[:, -32:-16] *= (
+                self.sketch.row_signs[: -(-self.n // BLOCK)].repeat_interleave(BLOCK, 0)[: self.n].to(psi)
+            )
+        psi = psi.to(self.rows.h.dtype).to(psi)
+        true = self.engine.project(self.engine.take(self.matrix, some), psi)
+        alive = (true.abs().amax(1) > 0).nonzero().squeeze(1)
+        if not len(alive):
             return 0.0, 0.0, 0.0
-        live = live[:: max(1, len(live) // SAMPLE)]
-        q = part.tail.g[:, : part.rank].index_select(0, live).to(self.true) * part.tail.scale
-        true, tail = self.true[live], q @ cluster_sums(part, part.mass[:, None], self.psi).to(q)
+        live, true = some[alive], true[alive]
+        q = part.tail.g[:, : part.rank].index_select(0, live).to(true) * part.tail.scale
+        tail = q @ cluster_sums(part, part.mass[:, None], psi).to(q)
         wrong = true - tail
         # |true|^2: that of the approximation is known, and only the rest is left to the projections
         sums = cluster_sums(part, (factor * part.mass)[:, None], self.rows.h)
@@ -390,7 +408,7 @@ def compress(
     """
     if not torch.isfinite(forward.stats.log_prob + forward.stats.log_sum).all():  # a cluster would spread the NaN
         return None
-    tries = _Candidates(engine, sketch, forward.matrix, rows, c)
+    tries = _Candidates(engine, sketch, forward.matrix, forward.mass, rows, c)
     n, bound = tries.n, options.bound
     eps, k = options.eps, min(n, max(1, round(options.rank * n / CHUNK_ROWS)))
     for attempt in range(3):

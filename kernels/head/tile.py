@@ -30,19 +30,32 @@ class TileEngine:
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.transform = transform
         self.bias = None if bias is None else bias.float().contiguous()
+        self.memory: Tensor | None = None
         self.scalars = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
 
-    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool) -> Forward:
-        maximum, log_sum, log_prob, ent, mass, slope, scale, g = torch.ops.longtrace.head_forward(
-            h, self.weight, self.bias, target, *self.scalars, entropy, keep
+    def _buffer(self, n: int) -> Tensor:
+        """g for n rows: one block of memory, used again by every chunk of the call."""
+        if self.memory is None:
+            self.memory = torch.ops.longtrace.head_buffer(self.weight, n)
+            return self.memory
+        rows, panels = self.weight.shape[0], -(-n // PANEL_ROWS) | 1  # an odd number of panels: row_stride in csrc
+        if rows * panels * PANEL_ROWS > self.memory.numel():
+            self.memory = None
+            return self._buffer(n)
+        return self.memory.view(-1)[: rows * panels * PANEL_ROWS].view(rows, panels * PANEL_ROWS)
+
+    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
+        g = self._buffer(h.shape[0]) if keep else None
+        maximum, log_sum, log_prob, ent, sums, slope, scale = torch.ops.longtrace.head_forward(
+            h, self.weight, self.bias, target, *self.scalars, entropy, mass, g
         )
         stats = RowStats(maximum, log_sum, log_prob, ent if entropy else None)
-        return Forward(stats, Matrix(g, scale) if keep else None, mass, slope)
+        return Forward(stats, Matrix(g, scale) if keep else None, sums if mass else None, slope)
 
     def gradient(self, h: Tensor, target: Tensor, stats: RowStats, a: Tensor, e: Tensor | None) -> Matrix:
-        zero = torch.zeros_like(a)
-        g = torch.ops.longtrace.head_gradient(
-            h, self.weight, self.bias, target, *self.scalars, stats.maximum, stats.log_sum, a,
+        zero, g = torch.zeros_like(a), self._buffer(h.shape[0])
+        torch.ops.longtrace.head_gradient_(
+            g, h, self.weight, self.bias, target, *self.scalars, stats.maximum, stats.log_sum, a,
             zero if e is None else e, zero if e is None else stats.entropy,
         )  # fmt: skip
         return Matrix(g, torch.ones_like(a))
@@ -70,6 +83,22 @@ class TileEngine:
 
     def rows(self, matrix: Matrix, right: Tensor) -> Tensor:
         return torch.ops.longtrace.head_dh(matrix.g, right.contiguous(), None, matrix.scale.shape[0], matrix.scale)
+
+    def sample_rows(self, matrix: Matrix, right: Tensor, step: int) -> Tensor:
+        scale = matrix.scale
+        return torch.ops.longtrace.head_dh_sample(matrix.g, right.contiguous(), scale.shape[0], scale, step)
+
+    def similarity(self, x: Tensor, centre: Tensor) -> Tensor:
+        out = x.new_empty(centre.shape[0], x.shape[0])  # the tile product: its sums know no threads
+        torch.ops.longtrace.head_dw_(out, self._fp32(centre), x.t().contiguous(), None, None, False)
+        return out.t()
+
+    def _fp32(self, values: Tensor) -> Tensor:
+        """values (rows, k) in whole panels of columns."""
+        rows, k = values.shape
+        out = values.new_zeros(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS)
+        out[:, :k] = values
+        return out
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
         return torch.ops.longtrace.head_dh(matrix.g, self.weight, columns, matrix.scale.shape[0], matrix.scale)

@@ -28,7 +28,8 @@ def draw(n, H, V, dtype=torch.float32, seed=0):
 
 
 def forward(h, weight, bias, target, transform=(1.0, 0.0, 1.0), entropy=True, keep=True):
-    return torch.ops.longtrace.head_forward(h, weight, bias, target, *transform, entropy, keep)
+    g = torch.ops.longtrace.head_buffer(weight, len(h)) if keep else None
+    return *torch.ops.longtrace.head_forward(h, weight, bias, target, *transform, entropy, keep, g), g
 
 
 def run(code, **environment):
@@ -65,9 +66,9 @@ def test_tile_ops_against_float64(shape, dtype, transform):
     torch.testing.assert_close(maximum.double() + log_sum, lse, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(at_target.double(), slope.gather(1, at).squeeze(1), rtol=1e-5, atol=1e-6)
     p = (log_p.exp() * slope).scatter(1, at, 0.0)
-    torch.testing.assert_close(mass.double(), p.sum(1), rtol=1e-5, atol=1e-7)
     unit = torch.finfo(g.dtype).eps
     ours = (g[:, :n] * scale.double()).T
+    torch.testing.assert_close(mass.double(), ours.sum(1), rtol=1e-5, atol=1e-7)
     assert (ours - p).abs().le(unit * p + 2e-5 * p + 1e-9).all()
     assert g[:, n:].narrow(1, 0, -n % 32).eq(0).all()  # padding never reaches a sum
     if n:
@@ -77,7 +78,8 @@ def test_tile_ops_against_float64(shape, dtype, transform):
 
     generator = torch.Generator().manual_seed(1)
     a, e = torch.randn(2, n, generator=generator)
-    d = torch.ops.longtrace.head_gradient(h, weight, bias, target, *transform, maximum, log_sum, a, e, ent)
+    d = torch.ops.longtrace.head_buffer(weight, n)
+    torch.ops.longtrace.head_gradient_(d, h, weight, bias, target, *transform, maximum, log_sum, a, e, ent)
     truth = log_p.exp() * (a[:, None] - e[:, None] * (log_p + entropy[:, None])) * slope
     truth = truth.scatter(1, at, 0.0)
     assert (d[:, :n].double().T - truth).norm() <= (unit + 1e-5) * truth.norm() + 1e-9
@@ -105,7 +107,7 @@ def test_far_targets_infinite_and_not_a_number_logits():
     target[2] = 7  # an impossible target
     bias[200] = 5e3  # far above every target and the first block
     target[3] = 200
-    maximum, log_sum, log_prob, ent, *_, scale, g = forward(h, weight, bias, target)
+    *_, log_prob, ent, _, _, scale, g = forward(h, weight, bias, target)
     exact = torch.log_softmax(h.double() @ weight.double().T + bias, 1)
     assert log_prob[1].isnan() and ent[1].isnan() and log_prob[2] == float("-inf")
     rest = torch.tensor([0, 3, 4, 5])
@@ -121,11 +123,24 @@ def test_fakes_and_schemas():
         for dtype in (torch.float32, torch.bfloat16):
             h, weight, bias, target = draw(*shape, dtype)
             for entropy in (False, True):
-                args = (h, weight, bias, target, 1.0, 0.0, 1.0, entropy, True)
+                args = (
+                    h,
+                    weight,
+                    bias,
+                    target,
+                    1.0,
+                    0.0,
+                    1.0,
+                    entropy,
+                    True,
+                    ops.head_buffer(weight, shape[0]).zero_(),
+                )
                 torch.library.opcheck(ops.head_forward.default, args)
             maximum, log_sum, _, ent, _, _, scale, g = forward(h, weight, bias, target)
             coefficients = (maximum, log_sum, ent, ent, ent)
-            torch.library.opcheck(ops.head_gradient.default, (h, weight, None, target, 1.0, 0.0, 1.0, *coefficients))
+            head = (h, weight, None, target, 1.0, 0.0, 1.0)
+            torch.library.opcheck(ops.head_gradient_.default, (g.clone(), *head, *coefficients))
+            torch.library.opcheck(ops.head_dh_sample.default, (g, weight[:, :32].contiguous(), shape[0], scale, 2))
             torch.library.opcheck(ops.head_dh.default, (g, weight, None, shape[0], scale))
             torch.library.opcheck(ops.head_dw_.default, (torch.zeros(shape[2], shape[1]), g, h, scale, None, True))
             torch.library.opcheck(ops.head_column_max.default, (g, scale))
@@ -134,7 +149,8 @@ def test_fakes_and_schemas():
 @needs_cpp
 def test_compile_sees_opaque_ops():
     def gradient(h, weight, bias, target):
-        *_, scale, g = torch.ops.longtrace.head_forward(h * 2, weight, bias, target, 1.0, 0.0, 1.0, False, True)
+        g = torch.ops.longtrace.head_buffer(weight, h.shape[0])
+        *_, scale = torch.ops.longtrace.head_forward(h * 2, weight, bias, target, 1.0, 0.0, 1.0, False, False, g)
         return torch.ops.longtrace.head_dh(g, weight, None, h.shape[0], scale)
 
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from longtrace import kernels as K
 from longtrace.kernels import extension
-from longtrace.kernels.head import engine, epilogue, gemm, reference, tile
+from longtrace.kernels.head import epilogue, gemm, reference, tile
 from longtrace.kernels.head.plan import plan_chunks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -76,7 +76,7 @@ def lossless(request, monkeypatch):
     def forced(engine, sketch, forward, rows, c, options, need_dh, need_dw):
         count.append(len(rows.target))
         eps, k = (0.0, 4) if request.param == "all columns" else (0.02, len(rows.target))
-        return tail._Candidates(engine, sketch, forward.matrix, rows, c).part(eps, k, need_dh, need_dw)
+        return tail._Candidates(engine, sketch, forward.matrix, forward.mass, rows, c).part(eps, k, need_dh, need_dw)
 
     monkeypatch.setattr(compressed, "compress", forced)
     return count
