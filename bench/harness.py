@@ -216,15 +216,20 @@ def bar_picture(path: Path, title: str, panels: Sequence[tuple[str, list[dict], 
     from matplotlib.figure import Figure
 
     bars = max(len(rows) for _, rows, _, _ in panels)
-    figure = Figure(figsize=(5.2 * len(panels), 1.5 + 0.55 * bars), dpi=150, layout="constrained", facecolor="white")
+    names = max(len(row["impl"]) for _, rows, _, _ in panels for row in rows)
+    shared = len({tuple(row["impl"] for row in rows) for _, rows, _, _ in panels}) == 1  # one set of names will do
+    width = 4.2 * len(panels) + 0.085 * names * (1 if shared else len(panels))
+    figure = Figure(figsize=(width, 1.5 + 0.42 * bars), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color="#15181e")
-    for ax, (heading, rows, key, spec) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (heading, rows, key, spec) in zip(axes, panels):
         values = [row[key] for row in rows]
         colours = ["#2f6fde" if row["impl"].startswith("longtrace") else "#9aa4b2" for row in rows]
         ax.barh(range(len(rows)), values, color=colours, height=0.6)
-        ax.set_yticks(range(len(rows)), [row["impl"] for row in rows], fontsize=10)
-        ax.invert_yaxis()
+        named = not shared or ax is axes[0]
+        ax.set_yticks(range(len(rows)), [row["impl"] if named else "" for row in rows], fontsize=10)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
         for i, row in enumerate(rows):
             low, high = row.get(f"{key}_min", row[key]), row.get(f"{key}_max", row[key])
             ax.plot([low, high], [i, i], color="#15181e", linewidth=1.4)

@@ -121,6 +121,7 @@ def _bars(path: Path, rows: list[dict], note: str) -> Path:
 
     inputs = rows[0]["inputs"] if rows else ""
     here = [r for r in rows if r["inputs"] == inputs and r["coefficients"] == "ones" and r["ms"]]
+    here = [r for r in here if r["key"] not in SWEEP]  # those are in head_errors.png
     here = [r | {"impl": label(r)} for r in here]
     panels = [("ms (less is better)", here, "ms", ",.0f"),
               ("workspace, MB (less is better)", here, "workspace_mb", ",.0f")]  # fmt: skip

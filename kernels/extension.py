@@ -11,6 +11,13 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
+OPS = ("head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+
+if os.environ.get("LONGTRACE_CPU_CAPABILITY", "baseline") not in CAPABILITIES:
+    raise ValueError(
+        f"LONGTRACE_CPU_CAPABILITY: found {os.environ['LONGTRACE_CPU_CAPABILITY']!r}; accepted: {', '.join(CAPABILITIES)}"
+    )
 
 
 def _load(library: Path) -> tuple[bool, str]:
@@ -21,7 +28,8 @@ def _load(library: Path) -> tuple[bool, str]:
         return False, "longtrace.kernels._C was not built (no compiler, or no torch at build time: docs/install.md)"
     try:
         torch.ops.load_library(library)
-        torch.ops.longtrace.head_forward  # noqa: B018  (raises AttributeError if the library is not ours)
+        for op in OPS:
+            getattr(torch.ops.longtrace, op)  # raises AttributeError if the library is not ours, or older
     except (OSError, AttributeError, RuntimeError) as error:
         return False, f"longtrace.kernels._C does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return True, f"longtrace.kernels._C ({library})"

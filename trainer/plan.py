@@ -213,7 +213,13 @@ def plan_memory(
     )
     weight = model.base.get_output_embeddings().weight
     chunks = plan_chunks(
-        config.tokens_per_row, weight.shape[1], len(weight), dtype, config.head_budget_mb or None, device
+        config.tokens_per_row,
+        weight.shape[1],
+        len(weight),
+        dtype,
+        config.head_budget_mb or None,
+        device,
+        compressed=config.head_grad == "compressed",
     )
     head = chunks.workspace_bytes + 4 * weight.numel() * bool(weight.requires_grad)
     memory = Memory(

@@ -27,7 +27,7 @@ struct TokenCoefficients {
 };
 
 int64_t padded_tokens(int64_t n);  // n in whole panels: columns of g that are read and written
-int64_t row_stride(int64_t n);     // of g: never a multiple of 128 bytes, so that its rows spread over the cache's sets
+int64_t row_stride(int64_t n);     // of g: an odd number of panels, so that its rows spread over the cache's sets
 
 // Statistics of h (n, H) against weight (V, H) at target; g (V, row_stride(n)) in the operand dtype, or null.
 void forward(

@@ -27,6 +27,7 @@ static void configure(int64_t first, int64_t second) {
   for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
   config.rows[0] = config.rows[1] = config.rows[4] = uint8_t(first);
   config.rows[2] = config.rows[3] = config.rows[5] = uint8_t(second ? second : 1);
+  asm volatile("" ::"r"(&config) : "memory");  // GCC bug 114098: ldtilecfg is not seen to read all of it
   _tile_loadconfig(&config);
 }
 
@@ -74,6 +75,7 @@ static void multiply(
     int64_t rows, int64_t K, const void* A, int64_t lda, const void* panel, float* C, int64_t ldc, bool add) {
   alignas(64) uint8_t before[64];  // whoever configured the tiles last (oneDNN remembers that it did) finds them so again
   _tile_storeconfig(before);
+  asm volatile("" ::"r"(before) : "memory");
   const Bf16 *a = static_cast<const Bf16*>(A), *b = static_cast<const Bf16*>(panel);
   if (rows >= 32) configure(16, 16);
   for (; rows >= 32; rows -= 32, a += 32 * lda, C += 32 * ldc) block<true>(K, a, lda, b, C, ldc, add);

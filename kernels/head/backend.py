@@ -1,4 +1,4 @@
-"""Chooses the engine of a head call and remembers why: C++ tiles on the CPU, else PyTorch."""
+"""Chooses the engine of a head call: C++ tiles on the CPU, Triton passes on CUDA, else PyTorch; and says why."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from longtrace.kernels.head import backend
 from longtrace.kernels.head.engine import Matrix, put_targets
 from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform, compute_dtype
+from longtrace.kernels.head.tail import Coefficients, Rows, fill
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Loss:
 
 @dataclass
 class Chunk:
-    """One chunk of kept rows: `index` into the T rows (None: a plain slice), its targets and hidden states."""
+    """One chunk of kept rows: `index` into the T rows, its targets and hidden states."""
 
     index: Tensor
     target: Tensor
@@ -180,7 +181,7 @@ class WeightedLoss(torch.autograd.Function):
             entropy = walk.new_rows() if loss.entropy else None
             total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
             eps, V = loss.label_smoothing, walk.V
-            all_weight = float(V) if class_weight is None else class_weight.sum()
+            all_weight = total_weight(walk)
             for chunk in walk:
                 out = walk.engine.forward(chunk.h, chunk.target, loss.entropy, any(needs) and not loss.elementwise)
                 stats = out.stats
@@ -205,11 +206,8 @@ class WeightedLoss(torch.autograd.Function):
                     if loss.elementwise:
                         walk.add(chunk, elementwise_gradient(walk, chunk, out.slope, stats, a, b, None, s))
                         continue
-                    tau = target_value(a, b, stats.log_prob)
-                    a = torch.where(a == 0, 1e-6 * b, a)  # z_loss may cancel a; the targets' entries are divided by it
-                    matrix = walk.engine.scaled(out.matrix, a)
-                    put_targets(matrix, chunk.target, tau if out.slope is None else tau * out.slope)
-                    walk.add(chunk, matrix, s)
+                    rows = Rows(chunk.h, chunk.target, stats, out.slope)
+                    walk.add(chunk, fill(out.matrix, chunk.target, rows, Coefficients(a, b)), s)
             walk.finish()
         ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
         ctx.dtype, ctx.weight_grad = input.dtype, weight_grad
@@ -248,6 +246,11 @@ def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     for i in range(0, saved.shape[0], step):
         out[i : i + step] = saved[i : i + step] * upstream
     return out
+
+
+def total_weight(walk: Walk) -> float:
+    """sum_v w_v, in fp64: fp32 sums of a whole vocabulary differ by the number of threads."""
+    return float(walk.V) if walk.class_weight is None else walk.class_weight.double().sum().item()
 
 
 def smooth_values(walk: Walk, chunk: Chunk, stats: RowStats) -> Tensor:
@@ -319,7 +322,7 @@ class TokenValues(torch.autograd.Function):
             walk = Walk(input, weight, bias, target, loss, keep & (target != loss.ignore_index))
             walk.need(*needs, ctx.weight_grad)
             walk.class_weight = class_weight
-            all_weight = float(walk.V) if class_weight is None else class_weight.sum()
+            all_weight = total_weight(walk)
             # d log_prob/dz = 1[y] - p, d lse/dz = p, d smooth/dz = weight - (sum weight) p
             b = walk.new_rows() if g_log_prob is None else -g_log_prob
             a = b if g_lse is None else b + g_lse

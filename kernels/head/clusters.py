@@ -48,7 +48,12 @@ def spherical_kmeans(
         cluster = similarity(x, centre).masked_fill(foreign, -torch.inf).argmax(1)
         if step == steps:
             return cluster
-        moved = torch.zeros_like(centre).index_add_(0, cluster, x * weight[:, None])  # in the order of the rows
+        if x.is_cuda:  # index_add_ would add in any order there
+            moved = (
+                torch.nn.functional.one_hot(cluster, len(owners)).double().t() @ (x * weight[:, None]).double()
+            ).to(x)
+        else:
+            moved = torch.zeros_like(centre).index_add_(0, cluster, x * weight[:, None])
         length = moved.norm(dim=1, keepdim=True)
         centre = torch.where(length > 0, moved / length, centre)  # an empty cluster stays where it was
     raise AssertionError("unreachable")

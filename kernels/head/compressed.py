@@ -22,6 +22,7 @@ from longtrace.kernels.head.chunked import (
     _scaled,
     elementwise_gradient,
     smooth_values,
+    total_weight,
 )
 from longtrace.kernels.head.engine import Forward, Matrix, TorchEngine, put_targets
 from longtrace.kernels.head.epilogue import RowStats
@@ -219,7 +220,7 @@ class WeightedLoss(torch.autograd.Function):
             entropy = walk.new_rows() if loss.entropy else None
             total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
             eps, V = loss.label_smoothing, walk.V
-            all_weight = float(V) if class_weight is None else class_weight.sum()
+            all_weight = total_weight(walk)
             for chunk in walk:
                 keep = any(needs) and not loss.elementwise
                 forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, keep, mass=keep)
@@ -269,8 +270,10 @@ class TokenValues(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, class_weight, weight_grad, loss: Loss, options: Compression):
-        need_dh, need_dw, _ = needs = _needs(ctx, weight_grad)
+    def forward(
+        ctx, input, weight, bias, target, class_weight, weight_grad, loss: Loss, options: Compression, grad: bool = True
+    ):
+        need_dh, need_dw, _ = needs = tuple(grad and need for need in _needs(ctx, weight_grad))
         with torch.autocast(input.device.type, enabled=False):
             walk = CompressedWalk(input, weight, bias, target, loss, target != loss.ignore_index, options=options)
             walk.class_weight = class_weight
@@ -314,7 +317,7 @@ class TokenValues(torch.autograd.Function):
         input, weight, bias, target, class_weight, maximum, log_sum, log_prob, entropy, *saved = ctx.saved_tensors
         upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]
         if not upstream:
-            return (None,) * 8
+            return (None,) * 9
         with torch.autocast(input.device.type, enabled=False):
             live = torch.zeros_like(target, dtype=torch.bool)
             for g in upstream:
@@ -327,7 +330,7 @@ class TokenValues(torch.autograd.Function):
             b = walk.new_rows() if g_log_prob is None else -g_log_prob
             a = b if g_lse is None else b + g_lse
             if g_smooth is not None:
-                a = a - g_smooth * (float(walk.V) if class_weight is None else class_weight.sum())
+                a = a - g_smooth * total_weight(walk)
             every, s = Coefficients(a, b, g_entropy), None if g_smooth is None else -g_smooth
 
             for tensors, index, slope, meta in _chunks(saved, ctx.meta):
@@ -354,7 +357,7 @@ class TokenValues(torch.autograd.Function):
             walk.finish()
         ctx.stats.update(walk.report.stats() | {"saved_mb": ctx.stats["saved_mb"]})
         grads = (walk.d_input, None if ctx.weight_grad is not None else walk.d_weight, walk.d_bias)
-        return (*(None if g is None else g.to(input.dtype) for g in grads), *(None,) * 5)
+        return (*(None if g is None else g.to(input.dtype) for g in grads), *(None,) * 6)
 
 
 def _needs(ctx, weight_grad: Tensor | None) -> tuple[bool, bool, bool]:

@@ -51,6 +51,11 @@ class TritonEngine(TorchEngine):
 
     def dw_(self, accumulator: Tensor, matrix: Matrix, h: Tensor, columns: Tensor | None, add: bool = True) -> None:
         if matrix.scale is not None:  # onto h (n, H), which is narrow, and not onto g
+            if h.dtype == torch.float16 and columns is None:  # 1/T would be subnormal: the largest factor goes outside
+                top = matrix.scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+                product = self.gemm.product(matrix.g, h * (matrix.scale / top)[:, None]) * top
+                accumulator.add_(product) if add else accumulator.copy_(product)
+                return
             h = (h * matrix.scale[:, None]).to(h.dtype)
         super().dw_(accumulator, Matrix(matrix.g, None), h, columns, add)
 

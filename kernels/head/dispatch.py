@@ -15,17 +15,19 @@ from longtrace.kernels.head.tail import Compression
 def _gradients(
     grad: str, weight: Tensor, weight_grad: Tensor | None, eps: float, rank: int, target_error: float | None
 ) -> Compression | None:
-    """The compression asked for; None means exact gradients, which fp32, fp64 and recorded CUDA graphs always get."""
+    """The compression asked for; None means exact gradients, which fp32 and fp64 always get."""
     if grad not in ("exact", "compressed"):
         raise ValueError(f"grad = {grad!r}; accepted: 'exact', 'compressed'")
-    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32):
-        raise ValueError(
-            f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}; accepted: float32 {tuple(weight.shape)}"
-        )
+    wide = compute_dtype(weight.dtype)
+    if weight_grad is not None:
+        fits = weight_grad.shape == weight.shape and weight_grad.dtype == wide and weight_grad.device == weight.device
+        if not fits or not weight_grad.is_contiguous():
+            raise ValueError(
+                f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)} on {weight_grad.device}; "
+                f"accepted: contiguous {wide} {tuple(weight.shape)} on {weight.device}"
+            )
     options = Compression(eps, rank, target_error)
     if grad == "exact" or weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot decide anything by its data
         return None
     return options
 
@@ -35,7 +37,9 @@ def _weighted_loss(*args, options: Compression | None):
 
 
 def _token_values(*args, options: Compression | None):
-    return exact.TokenValues.apply(*args) if options is None else compressed.TokenValues.apply(*args, options)
+    if options is None:
+        return exact.TokenValues.apply(*args)
+    return compressed.TokenValues.apply(*args, options, torch.is_grad_enabled())
 
 
 @torch.compiler.disable
@@ -72,7 +76,7 @@ def linear_weighted_nll(
             1,024 exceeds `eps` and replaced by `rank` cluster profiles elsewhere: less than half the FLOPs, an error
             that is estimated chunk by chunk (`stats`), and exact gradients for a chunk whose estimate exceeds
             `target_error` (None: 1 % of dH, 15 % of a dropped vocabulary row of dW). docs/head.md says where it must not
-            be used. fp32, fp64 and recorded CUDA graphs take exact.
+            be used. fp32 and fp64 take exact.
         weight_grad: (V, H) fp32 buffer that the backward adds linear_weight's gradient to, in fp32 and never rounded;
             linear_weight itself then gets none. At least one input must require grad.
         budget_mb: bound on the logits buffer; default LONGTRACE_HEAD_BUDGET_MB, else 256 (CPU) or 1024 (CUDA).
@@ -207,7 +211,7 @@ def linear_cross_entropy(
     coefficient = valid.to(compute_dtype(h.dtype))
     if reduction == "mean":
         weights = coefficient if class_weight is None else coefficient * class_weight[flat.where(valid, 0)]
-        total = weights.sum()
+        total = weights.double().sum().to(weights.dtype)  # fp32 sums depend on the number of threads
         coefficient = coefficient / torch.where(total == 0, 1.0, total)
     grads = torch.is_grad_enabled()
     args = (h, matrix, bias, flat, coefficient, class_weight, weight_grad, loss, grads)

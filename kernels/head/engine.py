@@ -2,7 +2,7 @@
 
 A chunk's probabilities travel as `Matrix(g, scale)`: g is (V, n) (any strides; tile.py pads its columns), and
 p[v, i] = g[v, i] * scale[i]. The scale is known only after the whole row has been seen, so it is never multiplied in
-without need. The algorithms (exact.py, compressed.py) are written against this and never see an instruction set.
+without need. The algorithms (chunked.py, compressed.py) are written against this and never see an instruction set.
 """
 
 from __future__ import annotations

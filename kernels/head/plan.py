@@ -63,12 +63,13 @@ def plan_chunks(
     budget_mb: float | None = None,
     device: str = "cpu",
     tiles: bool | None = None,
+    compressed: bool = False,
 ) -> Chunks:
     """Rows per chunk and per GEMM call for `T` rows of width `H` against a vocabulary of `V`; `str()` tells the plan.
 
     Args: dtype of the inputs; budget_mb bounds the (rows, V) buffer (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU
     and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they can), which hold bf16 inputs' probabilities
-    in 2 bytes, all others in 4 (8 for fp64). At least 16 rows are always taken (32 by the tile kernels).
+    in 2 bytes, all others in 4 (8 for fp64); compressed: also count what compressed gradients need. At least 16 rows are always taken (32 by the tile kernels).
     The block size depends on V, dtype and budget but not on T; a short last block is padded with zero rows.
     """
     if tiles is None:
@@ -77,7 +78,7 @@ def plan_chunks(
         8 if dtype == torch.float64 else 2 if tiles and extension.BF16_OPERANDS and dtype == torch.bfloat16 else 4
     )
     width = max(V, 1) * itemsize
-    fit = int(budget_bytes(budget_mb, device) // width)
+    fit = int(min(budget_bytes(budget_mb, device) / width, 2**40))
     kind = "cuda" if device == "cuda" else "cpu"
     cost = 4 / 3 * BALANCE[kind]
     enough = max(BLOCK_ROWS, round(cost / WORTH[kind] / BLOCK_ROWS) * BLOCK_ROWS)
@@ -89,10 +90,15 @@ def plan_chunks(
         block = min(fit // BLOCK_ROWS * BLOCK_ROWS, enough)
     else:
         block = BLOCK_ROWS
-    rows = max(1, min(fit, enough, max(T, 1) + block - 1) // block) * block
+    blocks = max(1, min(fit, enough, max(T, 1) + block - 1) // block)
+    if tiles and blocks % 2 == 0:  # an even number of panels would be padded by one (row_stride in csrc)
+        blocks += 1 if (blocks + 1) * block <= fit else -1
+    rows = blocks * block
     if tiles:  # packed rows, and partial sums of dH (csrc/cpu/head.cpp: head::dh)
         ranges = min(16, max(1, -(-V // 4096)), max(1, 2**26 // (4096 * max(H, 1))))
         extra = rows * H * (4 * ranges + 8)
     else:  # the fp32 copy of the weight that a CPU GEMM of narrow operands needs
         extra = 4 * V * H if device == "cpu" and itemsize == 4 and dtype != torch.float32 else 0
+    if compressed:  # cluster sums, profiles and pending tails of a chunk, and its kept columns
+        extra += 2400 * V + rows * width // 4
     return Chunks(rows, block, rows * width, rows * width + extra, cost / rows)

@@ -18,7 +18,7 @@ class LogProbs(NamedTuple):
     log_prob: Tensor  # log p(target), nats
     entropy: Tensor | None  # of the whole distribution, nats; None unless asked for
     lse: Tensor  # log-sum-exp of the final logits
-    stats: dict[str, int]  # rows that reached the GEMM, rows in all, chunks, rows per chunk
+    stats: dict[str, float]  # rows that reached the GEMM, rows in all, chunks, rows per chunk; more when compressed
 
 
 @dataclass(frozen=True)

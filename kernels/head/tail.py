@@ -131,7 +131,8 @@ class Part:
         for name in ("kept", "tail"):
             g, tensors[name + ".scale"] = values[name]
             g = g[:, : self.rank].contiguous() if name == "tail" else g  # without the engine's padding
-            tensors[name] = g.to(narrow) if g.element_size() > narrow.itemsize else g
+            # never to fp16: g is not normalised, and may exceed its range
+            tensors[name] = g.to(narrow) if narrow == torch.bfloat16 else g
         rest = {name: x for name, x in values.items() if name not in tensors}
         return list(tensors.values()), {"names": list(tensors), "rest": rest}
 
@@ -268,8 +269,8 @@ def dh_error(engine: TorchEngine, sketch: Sketch, part: Part, rows: Rows, c: Coe
         filled = fill(copy.kept, part.position, rows, c)
         kept = engine.rows(filled, sketch.omega[part.columns, :-1])[sample]
     whole = kept + factor * part.mass[sample, None] * part.mean_tail[part.cluster[sample]]
-    whole = whole.square().sum(0, dtype=torch.float64).mean()
-    wrong = (part.deviation * factor).square().sum(0, dtype=torch.float64)
+    whole = whole.double().square().sum(0).mean()
+    wrong = (part.deviation * factor).double().square().sum(0)
     upper = wrong.mean() + 2 * wrong.std() / len(wrong) ** 0.5
     return _with_rounding(1.15**2 * float(upper / whole.clamp(min=1e-300)), rows.h.dtype)
 
@@ -325,8 +326,7 @@ class _Candidates:
         if self.rank != k:
             self._cluster(part, k)
         q = self.sums.index_fill_(0, columns, 0.0)  # in place: a smaller eps keeps more columns, never fewer
-        total = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device)
-        total.index_add_(0, self.cluster, (self.weight * part.mass).double())
+        total = one_hot(self.cluster, q.shape[1]).double().t() @ (self.weight * part.mass).double()
         top = q.amax(0).clamp(min=torch.finfo(q.dtype).tiny)
         scale = torch.where(total > 0, top / total, 0.0).to(q.dtype)
         part.tail = self.engine.pack(q / top, scale)  # at most 1: no dtype loses the small ones

@@ -1,6 +1,6 @@
 """The CPU engine: the tile kernels of csrc/cpu through torch.ops.longtrace, for bf16, fp16 and fp32 inputs.
 
-Logits live in one 128 x 32 tile per thread; only exp(z - z_target) of a chunk reaches memory, in the operand dtype (bf16
+Logits live in one 128 x 32 tile per thread; only exp(z - reference) of a chunk reaches memory, in the operand dtype (bf16
 for bf16 inputs, else fp32), and only when a gradient is wanted. Results do not depend on the number of threads.
 """
 

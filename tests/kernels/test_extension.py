@@ -235,6 +235,14 @@ sys.modules["longtrace.kernels._pack"] = None
         assert "_C does not load: cannot open" in lines["head"]
 
 
+def test_a_misspelt_capability_is_named():
+    done = subprocess.run(
+        [sys.executable, "-c", "import longtrace.kernels"], cwd=os.path.dirname(sys.executable), capture_output=True,
+        text=True, env=os.environ | {"LONGTRACE_CPU_CAPABILITY": "AVX2"},
+    )  # fmt: skip
+    assert done.returncode and "LONGTRACE_CPU_CAPABILITY: found 'AVX2'; accepted: baseline, avx2" in done.stderr
+
+
 def test_a_missing_or_broken_library_is_one_line(tmp_path):
     loaded, why = extension._load(tmp_path / "_C.abi3.so")
     assert not loaded and "was not built" in why

@@ -169,3 +169,37 @@ def test_int32_targets_and_their_range(engine, seed):
         K.linear_log_prob(input, weight, target)
     with pytest.raises(ValueError, match="float64"):
         K.linear_log_prob(input, weight.double(), target)
+
+
+def test_coefficients_of_vanishing_size(engine, seed):
+    """An importance weight of e^-96 is subnormal in fp32: its row may lose its gradient, never turn into NaN."""
+    input, weight, target, _ = case(8, 16, 2000, torch.float32, seed, spread=20.0)
+    c = torch.tensor([1e-42, 1.0, -1e-40, 0.0, 1e-45, 2.0, 1e-30, -1.0])
+    loss, _ = K.linear_weighted_nll(input, weight, target, c)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (input, weight)))
+
+
+def test_a_class_weight_of_zero(engine, seed):
+    input, weight, target, _ = case(20, 16, 50, torch.float32, seed)
+    class_weight = torch.rand(50)
+    class_weight[target[:5]] = 0
+    for options in ({}, {"label_smoothing": 0.1}, {"z_loss": 0.1}):
+        ours = K.linear_cross_entropy(input, weight, target, weight=class_weight, **options)
+        exact_leaves = [t.detach().double().requires_grad_() for t in (input, weight)]
+        exact = reference.cross_entropy(*exact_leaves, target, weight=class_weight.double(), **options)
+        for a, b in zip(torch.autograd.grad(ours, (input, weight)), torch.autograd.grad(exact, exact_leaves)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_grad_must_fit(seed):
+    input, weight, target, c = case(9, 8, 20, torch.float64, seed)
+    with pytest.raises(
+        ValueError, match=r"weight_grad is torch.float32 .* accepted: contiguous torch.float64 \(20, 8\)"
+    ):
+        K.linear_log_prob(input, weight, target, weight_grad=torch.zeros(20, 8))
+    with pytest.raises(ValueError, match="contiguous"):
+        K.linear_log_prob(input, weight, target, weight_grad=torch.zeros(8, 20, dtype=torch.float64).t())
+    buffer = torch.zeros(20, 8, dtype=torch.float64)
+    (K.linear_log_prob(input, weight, target, weight_grad=buffer).log_prob * c).sum().backward()
+    log_p = reference.log_prob(input, weight, target)[0]
+    torch.testing.assert_close(buffer, torch.autograd.grad((log_p * c).sum(), weight)[0], rtol=1e-9, atol=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longtrace import kernels as K
 from longtrace.kernels.head import backend, chunked, compressed, tail
 from longtrace.kernels.head.chunked import Loss
 from longtrace.kernels.head.compressed import Compression
@@ -338,6 +339,11 @@ def test_no_gradient_no_work():
     with torch.no_grad():
         values = compressed.TokenValues.apply(input, weight, None, target, None, None, loss_of(), Compression())
     assert values[4]["saved_mb"] == 0 and torch.equal(values[0], out[1])
+    input, weight, target = peaked(600, torch.bfloat16)  # enough rows that a forward with gradients keeps something
+    options = {"grad": "compressed", "target_error": 0.5}
+    assert K.linear_log_prob(input, weight, target, **options).stats["saved_mb"] > 0
+    with torch.no_grad():
+        assert K.linear_log_prob(input, weight, target, **options).stats["saved_mb"] == 0
 
 
 @pytest.mark.parametrize("bad", ({"eps": -1.0}, {"eps": 1.0}, {"rank": 0}, {"target_error": 0.0}), ids=str)
