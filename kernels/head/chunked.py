@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longtrace.kernels.head import backend
-from longtrace.kernels.head.engine import Matrix, put_targets
+from longtrace.kernels.head.engine import Forward, Matrix, put_targets
 from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform, compute_dtype
 from longtrace.kernels.head.tail import Coefficients, Rows, fill
@@ -133,6 +133,15 @@ class Walk:
         return Smoothing(self.weight, self.bias, self.class_weight, self.loss.transform)
 
     class_weight: Tensor | None = None
+    weighs = False  # whether `add_known` reads the sums of the probabilities
+
+    def add_known(self, chunk: Chunk, forward: Forward, c: Coefficients, s: Tensor | None) -> None:
+        """Add the share of a chunk whose coefficients are known; s (n,) times w_v is taken off d/dz."""
+        if self.loss.elementwise:
+            self.add(chunk, elementwise_gradient(self, chunk, forward.slope, forward.stats, c.a, c.b, c.e, s))
+        else:
+            rows = Rows(chunk.h, chunk.target, forward.stats, forward.slope)
+            self.add(chunk, fill(forward.matrix, chunk.target, rows, c), s)
 
     def add(self, chunk: Chunk, matrix: Matrix, s: Tensor | None = None) -> None:
         """Add one chunk's share to the accumulators: `matrix` is d/d(final logit), `s` (n,) times w_v is taken off it."""
@@ -169,21 +178,22 @@ class WeightedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, coefficient, class_weight, weight_grad, loss: Loss, grad: bool):
+    def forward(
+        ctx, input, weight, bias, target, coefficient, class_weight, weight_grad, loss: Loss, grad: bool, walk_of=Walk
+    ):
         needs = [grad and ctx.needs_input_grad[i] for i in range(3)]
         needs[1] |= grad and weight_grad is not None
         with torch.autocast(input.device.type, enabled=False):
-            keep = (target != loss.ignore_index) & (coefficient != 0)
-            walk = Walk(input, weight, bias, target, loss, keep)
+            walk = walk_of(input, weight, bias, target, loss, (target != loss.ignore_index) & (coefficient != 0))
             walk.need(*needs)
             walk.class_weight = class_weight
             log_prob, lse = walk.new_rows(), walk.new_rows()
             entropy = walk.new_rows() if loss.entropy else None
             total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
             eps, V = loss.label_smoothing, walk.V
-            all_weight = total_weight(walk)
+            keep = any(needs) and not loss.elementwise
             for chunk in walk:
-                out = walk.engine.forward(chunk.h, chunk.target, loss.entropy, any(needs) and not loss.elementwise)
+                out = walk.engine.forward(chunk.h, chunk.target, loss.entropy, keep, mass=keep and walk.weighs)
                 stats = out.stats
                 c = coefficient[chunk.index].to(walk.dtype)
                 w = torch.ones_like(c) if class_weight is None else class_weight[chunk.target]
@@ -191,23 +201,16 @@ class WeightedLoss(torch.autograd.Function):
                 log_prob[chunk.index], lse[chunk.index] = stats.log_prob, row_lse
                 if entropy is not None:
                     entropy[chunk.index] = stats.entropy
-                value = -(1 - eps) * w * stats.log_prob
+                b = c * (1 - eps) * w
+                a, s, value = b, None, -(1 - eps) * w * stats.log_prob
                 if eps:
-                    smooth = smooth_values(walk, chunk, stats)
-                    value = value - eps / V * smooth
+                    s = c * (eps / V)
+                    a, value = a + s * total_weight(walk), value - eps / V * smooth_values(walk, chunk, stats)
                 if loss.z_loss:
-                    value = value + loss.z_loss * row_lse.square()
+                    a, value = a + c * 2 * loss.z_loss * row_lse, value + loss.z_loss * row_lse.square()
                 total += (c.to(total.dtype) * value.to(total.dtype)).sum()
                 if any(needs):
-                    b = c * (1 - eps) * w
-                    a = b if not eps else b + c * (eps / V) * all_weight
-                    a = a if not loss.z_loss else a + c * 2 * loss.z_loss * row_lse
-                    s = c * (eps / V) if eps else None
-                    if loss.elementwise:
-                        walk.add(chunk, elementwise_gradient(walk, chunk, out.slope, stats, a, b, None, s))
-                        continue
-                    rows = Rows(chunk.h, chunk.target, stats, out.slope)
-                    walk.add(chunk, fill(out.matrix, chunk.target, rows, Coefficients(a, b)), s)
+                    walk.add_known(chunk, out, Coefficients(a, b), s)
             walk.finish()
         ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
         ctx.dtype, ctx.weight_grad = input.dtype, weight_grad
@@ -228,7 +231,7 @@ class WeightedLoss(torch.autograd.Function):
                 grads.append(None)
             else:  # scaled out of place (the graph may be used again) and rounded once
                 grads.append(_scaled(saved, upstream, ctx.dtype))
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *(None,) * 7)
 
 
 def _refuse_double_backward() -> None:

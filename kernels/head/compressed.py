@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longtrace.kernels.head import chunked
 from longtrace.kernels.head.chunked import (
     Chunk,
     Loss,
     Walk,
     _refuse_double_backward,
-    _scaled,
     elementwise_gradient,
     smooth_values,
     total_weight,
@@ -101,6 +101,11 @@ class CompressedWalk(Walk):
             if isinstance(self.engine, TorchEngine):
                 self.engine = type(self.engine)(self.weight, self.bias, self.loss.transform, self.chunks.block)
 
+    weighs = True
+
+    def stats(self) -> dict[str, float]:
+        return super().stats() | self.report.stats()
+
     def need(self, *args) -> None:
         super().need(*args)
         if self.d_weight is not None and not self.added:  # compressed chunks write some rows only
@@ -131,14 +136,14 @@ class CompressedWalk(Walk):
             self.add_part(chunk, rows, part, c, s)
             return
         self.report.add(len(chunk.index), None)
-        if self.loss.elementwise and s is not None:
+        if c.e is None:
+            super().add_known(chunk, forward, c, s)
+        elif self.loss.elementwise and s is not None:
             self.add(chunk, elementwise_gradient(self, chunk, forward.slope, forward.stats, c.a, c.b, c.e, s))
-        elif c.e is not None:
+        else:
             matrix = self.engine.gradient(chunk.h, chunk.target, forward.stats, c.a, c.e)
             put_targets(matrix, chunk.target, target_values(rows, c))
             self.add(chunk, matrix, s)
-        else:
-            self.add(chunk, fill(forward.matrix, chunk.target, rows, c), s)
 
     def add_part(self, chunk: Chunk, rows: Rows, part: Part, c: Coefficients, s: Tensor | None) -> None:
         """Add a compressed chunk's share to the accumulators; consumes `part.kept`."""
@@ -198,67 +203,13 @@ def _times(matrix: Matrix, factor: Tensor | float) -> Matrix:
     return Matrix(matrix.g, matrix.scale * factor)
 
 
-class WeightedLoss(torch.autograd.Function):
-    """sum_i c_i loss_i and, detached, each row's log_prob, entropy and lse; gradients are taken in the forward chunk.
-
-    loss_i = (1 - eps) w_y nll_i - eps/V sum_v w_v log p_iv + z_loss lse_i^2, eps the label smoothing, w the class weight.
-    """
+class WeightedLoss(chunked.WeightedLoss):
+    """As `chunked.WeightedLoss`, with compressed gradients."""
 
     @staticmethod
-    def forward(
-        ctx, input, weight, bias, target, coefficient, class_weight, weight_grad, loss: Loss, grad: bool,
-        options: Compression,
-    ):  # fmt: skip
-        needs = [grad and ctx.needs_input_grad[i] for i in range(3)]
-        needs[1] |= grad and weight_grad is not None
-        with torch.autocast(input.device.type, enabled=False):
-            keep = (target != loss.ignore_index) & (coefficient != 0)
-            walk = CompressedWalk(input, weight, bias, target, loss, keep, options=options)
-            walk.need(*needs)
-            walk.class_weight = class_weight
-            log_prob, lse = walk.new_rows(), walk.new_rows()
-            entropy = walk.new_rows() if loss.entropy else None
-            total = input.new_zeros((), dtype=torch.float64 if input.device.type != "mps" else torch.float32)
-            eps, V = loss.label_smoothing, walk.V
-            all_weight = total_weight(walk)
-            for chunk in walk:
-                keep = any(needs) and not loss.elementwise
-                forward = walk.engine.forward(chunk.h, chunk.target, loss.entropy, keep, mass=keep)
-                stats, c = forward.stats, coefficient[chunk.index].to(walk.dtype)
-                row_lse = stats.maximum + stats.log_sum
-                log_prob[chunk.index], lse[chunk.index] = stats.log_prob, row_lse
-                if entropy is not None:
-                    entropy[chunk.index] = stats.entropy
-                b = c * (1 - eps) * (1.0 if class_weight is None else class_weight[chunk.target])
-                a, value, s = b, -b * stats.log_prob, None
-                if eps:
-                    s = c * (eps / V)
-                    a, value = a + s * all_weight, value - s * smooth_values(walk, chunk, stats)
-                if loss.z_loss:
-                    a, value = a + c * 2 * loss.z_loss * row_lse, value + c * loss.z_loss * row_lse.square()
-                total += value.to(total.dtype).sum()
-                if any(needs):
-                    walk.add_known(chunk, forward, Coefficients(a, b), s)
-            walk.finish()
-        ctx.save_for_backward(walk.d_input, walk.d_weight, walk.d_bias)
-        ctx.dtype, ctx.weight_grad = input.dtype, weight_grad
-        ctx.set_materialize_grads(False)
-        outputs = (total.to(walk.dtype), log_prob, entropy, lse)
-        ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
-        return (*outputs, walk.stats() | walk.report.stats())
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        _refuse_double_backward()
-        d_input, d_weight, d_bias = ctx.saved_tensors
-        if upstream is not None and ctx.weight_grad is not None:
-            ctx.weight_grad.add_(d_weight * upstream)
-            d_weight = None
-        grads = (d_input, d_weight, d_bias)
-        return (
-            *(None if g is None or upstream is None else _scaled(g, upstream, ctx.dtype) for g in grads),
-            *(None,) * 7,
-        )
+    def forward(ctx, *args):
+        *args, options = args
+        return chunked.WeightedLoss.forward(ctx, *args, partial(CompressedWalk, options=options))
 
 
 class TokenValues(torch.autograd.Function):
@@ -305,7 +256,7 @@ class TokenValues(torch.autograd.Function):
                     walk.report.saved += size
                     saved += tensors
                     ctx.meta.append(meta)
-        stats = walk.stats() | walk.report.stats()
+        stats = walk.stats()
         ctx.save_for_backward(input, weight, bias, target, class_weight, maximum, log_sum, log_prob, entropy, *saved)
         ctx.loss, ctx.options, ctx.weight_grad, ctx.stats = loss, options, weight_grad, stats
         ctx.set_materialize_grads(False)

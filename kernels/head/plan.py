@@ -69,7 +69,8 @@ def plan_chunks(
 
     Args: dtype of the inputs; budget_mb bounds the (rows, V) buffer (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU
     and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they can), which hold bf16 inputs' probabilities
-    in 2 bytes, all others in 4 (8 for fp64); compressed: also count what compressed gradients need. At least 16 rows are always taken (32 by the tile kernels).
+    in 2 bytes, all others in 4 (8 for fp64); compressed: also count what compressed
+    gradients need. At least 16 rows are always taken (32 by the tile kernels).
     The block size depends on V, dtype and budget but not on T; a short last block is padded with zero rows.
     """
     if tiles is None:
