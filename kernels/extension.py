@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
-OPS = ("head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max")
+OPS = (
+    "head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max",
+    "attention_forward", "attention_backward",
+)  # fmt: skip
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 if os.environ.get("LONGTRACE_CPU_CAPABILITY", "baseline") not in CAPABILITIES:
@@ -74,3 +77,12 @@ if LOADED:
     @torch.library.register_fake("longtrace::head_column_max")
     def _(g, scale):
         return g.new_empty(g.shape[0], dtype=torch.float32)
+
+    @torch.library.register_fake("longtrace::attention_forward")
+    def _(q, k, v, starts_q, starts_k, scale, softcap, causal, left, right, sinks):
+        rows = q.new_empty(q.shape[:2], dtype=torch.float32)
+        return q.new_empty(*q.shape[:2], v.shape[2]), rows, torch.empty_like(rows)
+
+    @torch.library.register_fake("longtrace::attention_backward")
+    def _(grad, q, k, v, out, reference, log_sum, starts_q, starts_k, scale, softcap, causal, left, right):
+        return tuple(torch.empty_like(x) for x in (q, k, v, log_sum))

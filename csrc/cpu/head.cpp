@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
+
+#include "scratch.h"
 
 namespace longtrace::head {
 namespace {
@@ -15,20 +15,6 @@ constexpr int64_t kDepth = 512;      // vocabulary rows summed by one product of
 constexpr int64_t kSums = 640 << 10;  // bytes of partial sums of a work item of head_dh: they stay in the L2 cache
 constexpr int64_t kGroup = 8;        // panels of a work item
 constexpr float kFarAbove = 60.0f;   // exp of more would leave too little room below fp32's largest number
-
-int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-// 64-byte aligned scratch, uninitialised.
-Buffer scratch(int64_t bytes) {
-  void* p = std::aligned_alloc(64, size_t(up(std::max<int64_t>(bytes, 64), 64)));
-  if (!p) throw std::bad_alloc();
-  return Buffer(static_cast<char*>(p));
-}
 
 int64_t operand_size(const TileKernels& k) { return k.bf16 ? 2 : 4; }
 
@@ -91,7 +77,7 @@ struct Tokens {
 };
 
 Tokens pack_tokens(const TileKernels& k, const Matrix& h, int64_t n, int64_t H, const ForEach& for_each) {
-  const int64_t K = up(H, k.k_step), panels = padded_tokens(n) / kPanel, bytes = K * kPanel * operand_size(k);
+  const int64_t K = round_up(H, k.k_step), panels = padded_tokens(n) / kPanel, bytes = K * kPanel * operand_size(k);
   Tokens out{k, n, H, K, panels, bytes, scratch(panels * bytes)};
   for_each(panels, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -148,7 +134,7 @@ void clear_stride(const TileKernels& k, void* g, int64_t V, int64_t n, const For
 
 }  // namespace
 
-int64_t padded_tokens(int64_t n) { return up(n, kPanel); }
+int64_t padded_tokens(int64_t n) { return round_up(n, kPanel); }
 
 int64_t row_stride(int64_t n) { return padded_tokens(n) | kPanel; }
 
@@ -251,7 +237,7 @@ void narrow_dh(
     float* out, int64_t step, const ForEach& for_each) {
   const int64_t size = operand_size(k), panels = padded_tokens(n) / kPanel, ld = panels * kPanel;
   const int64_t together = step == 1 ? kGroup : 1;
-  const int64_t ranges = std::clamp<int64_t>(F / (8 * kDepth), 1, 16), depth = up((F + ranges - 1) / ranges, kDepth);
+  const int64_t ranges = std::clamp<int64_t>(F / (8 * kDepth), 1, 16), depth = round_up((F + ranges - 1) / ranges, kDepth);
   Buffer partial = scratch(ranges * N * ld * 4);
   float* sums = reinterpret_cast<float*>(partial.get());
   const Matrix operands{g, k.bf16 ? Dtype::bf16 : Dtype::fp32, ldg};
@@ -264,7 +250,7 @@ void narrow_dh(
       float* sum = sums + range * N * ld;
       if (range * depth >= stop) std::fill_n(sum, N * ld, 0.0f);
       for (int64_t start = range * depth; start < stop; start += kDepth) {
-        const int64_t K = std::min(kDepth, stop - start), padded = up(K, k.k_step);
+        const int64_t K = std::min(kDepth, stop - start), padded = round_up(K, k.k_step);
         k.copy_rows(right, start, K, N, rows.get(), kPanel);
         k.transpose(rows.get(), kPanel, K, padded, turned.get(), lda);
         for (int64_t p = 0; p < panels; p += together * step) {
@@ -293,11 +279,11 @@ void dh(
     const TileKernels& k, const void* g, int64_t ldg, int64_t F, int64_t n, const Matrix& right, int64_t N, const float* scale,
     float* out, const ForEach& for_each) {
   if (N <= kPanel) return narrow_dh(k, g, ldg, F, n, right, N, scale, out, 1, for_each);
-  const int64_t size = operand_size(k), columns = up(N, kPanel), panels = padded_tokens(n) / kPanel;
+  const int64_t size = operand_size(k), columns = round_up(N, kPanel), panels = padded_tokens(n) / kPanel;
   // The rows of g are cut in ranges whose sums are added in order: their number depends on F and N, never on threads or n.
   const int64_t affordable = std::max<int64_t>(1, (64 << 20) / (1024 * columns * 4));
   const int64_t ranges = std::clamp<int64_t>((F + 8 * kDepth - 1) / (8 * kDepth), 1, std::min<int64_t>(16, affordable));
-  const int64_t depth = up((F + ranges - 1) / ranges, kDepth), fit = std::max<int64_t>(kRows / kPanel, kSums / (kPanel * columns * 4));
+  const int64_t depth = round_up((F + ranges - 1) / ranges, kDepth), fit = std::max<int64_t>(kRows / kPanel, kSums / (kPanel * columns * 4));
   const int64_t groups = (panels + fit - 1) / fit, per_group = (panels + groups - 1) / groups, slab = panels * kPanel * columns;
   Buffer partial = scratch(ranges * slab * 4);
   float* sums = reinterpret_cast<float*>(partial.get());
@@ -308,7 +294,7 @@ void dh(
       const int64_t stop = std::min((range + 1) * depth, F);
       if (range * depth >= stop) std::fill(sums + range * slab + first * kPanel * columns, sums + range * slab + last * kPanel * columns, 0.0f);
       for (int64_t start = range * depth; start < stop; start += kDepth) {
-        const int64_t K = std::min(kDepth, stop - start), padded = up(K, k.k_step);
+        const int64_t K = std::min(kDepth, stop - start), padded = round_up(K, k.k_step);
         k.pack(right, start, K, padded, N, nullptr, weights.get());
         for (int64_t p = first; p < last; p += kRows / kPanel) {
           const int64_t tokens = std::min(kRows, (last - p) * kPanel), lda = row_stride(kDepth);

@@ -1,5 +1,5 @@
-// The tile kernels: small matrix products over packed panels, and the softmax epilogue of a tile of logits.
-// One micro-kernel per instruction set; the head (head.cpp) is written against this table and never sees intrinsics.
+// The tile kernels: small matrix products over packed panels, and what becomes of a tile of logits or attention scores.
+// One micro-kernel per instruction set; head.cpp and attention.cpp are written against this table and see no intrinsics.
 //
 // A panel holds K x 32 operands: fp32 as [K][32]; bf16 as [K/2][32][2], pairs of k side by side, as vdpbf16ps and
 // tdpbf16ps want them. Products accumulate in fp32; the order of a sum depends on K alone.
@@ -34,6 +34,20 @@ struct Epilogue {
   int64_t ldg;
 };
 
+// What becomes of a tile of attention scores k.q: `rows` keys by 32 queries. Query arrays have 32 entries.
+struct Scores {
+  float scale, softcap_out;      // x = scale * (k.q), in powers of two; with a softcap x = out * tanh(scale * (k.q))
+  const int32_t *first, *last;   // the rows each query sees, inclusive; null: all of them
+  const float* reference;        // p = 2^(x - reference); backward: p = 2^(x - reference - log_sum)
+  const float* log_sum;
+  float *sum, *peak;             // forward: += p; max= x - reference
+  void* panel;                   // forward: p, backward: ds, as a panel of K = padded rows, zeros below
+  int64_t padded;
+  const float *dp, *delta;       // backward: ds = p (dp - delta) times the softcap's derivative
+  void *p, *ds;                  // backward: p and ds as rows, row stride ld
+  int64_t ld;
+};
+
 struct TileKernels {
   const char* name;
   bool bf16;       // operands are bf16, else fp32
@@ -52,6 +66,9 @@ struct TileKernels {
   // max over n (a multiple of 32) of scale[i] * row[i].
   float (*row_max)(const void* row, int64_t n, const float* scale);
   void (*epilogue)(const float* tile, int64_t rows, const Epilogue& how);
+  void (*score_peaks)(const float* tile, int64_t rows, const Scores& how);  // how.peak alone
+  void (*softmax)(const float* tile, int64_t rows, const Scores& how);
+  void (*softmax_gradient)(const float* tile, int64_t rows, const Scores& how);
 };
 
 extern const TileKernels tile_baseline, tile_avx2, tile_avx512, tile_avx512_bf16, tile_amx;

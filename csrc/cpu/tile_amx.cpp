@@ -9,11 +9,9 @@
 
 #include "tile.inc"
 
-namespace {
+#include "softmax.inc"
 
-static inline void store_pair(Bf16* g, Vec first, Vec second) {
-  _mm512_storeu_si512(g, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-}
+namespace {
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -97,5 +95,5 @@ static void multiply(
 namespace longtrace {
 const TileKernels tile_amx = {
     "amx", true, 32, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
-    row_max<Bf16>, epilogue<Bf16>};
+    row_max<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
 }

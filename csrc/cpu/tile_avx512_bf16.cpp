@@ -9,11 +9,9 @@
 
 #include "tile.inc"
 
-namespace {
+#include "softmax.inc"
 
-static inline void store_pair(Bf16* g, Vec first, Vec second) {
-  _mm512_storeu_si512(g, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-}
+namespace {
 
 template <int Rows>
 static inline void block(int64_t K, const Bf16* A, int64_t lda, const Bf16* panel, float* C, int64_t ldc, bool add) {
@@ -50,5 +48,5 @@ static void multiply(
 namespace longtrace {
 const TileKernels tile_avx512_bf16 = {
     "avx512_bf16", true, 32, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
-    row_max<Bf16>, epilogue<Bf16>};
+    row_max<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
 }

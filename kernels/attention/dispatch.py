@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from longtrace.kernels.attention import documents
+from longtrace.kernels import extension
+from longtrace.kernels.attention import documents, tile
+
+MAX_WIDTH = 256  # of a head
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +42,13 @@ def _torch_varlen():
 
 
 def choose(device: str, dtype: torch.dtype, softcap: bool = False, sinks: bool = False) -> tuple[str, str]:
-    """(backend, reason) for tensors on `device`: "flash_attn", "torch_varlen" or "documents" (SDPA per document)."""
+    """(backend, reason) for tensors on `device`: "flash_attn", "torch_varlen", "tiles" (C++), "documents" (SDPA each)."""
+    if device == "cpu":
+        if not extension.LOADED:
+            return "documents", f"SDPA per document: {extension.WHY}"
+        if dtype not in tile.DTYPES:
+            return "documents", f"SDPA per document: the tiles take bf16, fp16 and fp32, this is {dtype}"
+        return "tiles", f"C++ {torch.ops.longtrace.cpu_capability()}, same bits for any number of threads"
     if device != "cuda":
         return "documents", f"SDPA per document: packed kernels need CUDA, this is {device}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -88,7 +97,7 @@ def varlen_attention(
 
     Args:
         q: (T, heads, D); k: (Tk, kv_heads, D); v: (Tk, kv_heads, Dv); bf16, fp16, fp32 or fp64, heads a multiple of
-            kv_heads (query head h reads kv head h // (heads / kv_heads)).
+            kv_heads (query head h reads kv head h // (heads / kv_heads)); D and Dv up to 256.
         cu_seqlens: (documents + 1,) int32 or int64, from 0 to T, not decreasing; empty documents are allowed.
         max_seqlen: the longest document, in tokens (read by CUDA kernels only).
         cu_seqlens_k, max_seqlen_k: the same for keys; default: the queries'.
@@ -109,6 +118,8 @@ def varlen_attention(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if max(q.shape[2], v.shape[2]) > MAX_WIDTH or not min(q.shape[2], v.shape[2]):
+        raise ValueError(f"head_dim {q.shape[2]} (values: {v.shape[2]}); accepted: 1 to {MAX_WIDTH}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; accepted: one dtype")
     for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
@@ -129,10 +140,11 @@ def varlen_attention(
     window = (-1, -1) if window is None else (int(window[0]), int(window[1]))
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     backend, _ = choose(q.device.type, q.dtype, softcap is not None, sinks is not None)
-    if backend == "documents" or not q.shape[0] or not k.shape[0]:
+    if backend in ("documents", "tiles") or not q.shape[0] or not k.shape[0]:
         starts_q = _starts("cu_seqlens", cu_seqlens, q.shape[0])
-        starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        return documents.varlen_attention(q, k, v, starts_q, starts_k, causal, scale, window, softcap, sinks)
+        starts_k = starts_q if cu_seqlens_k is cu_seqlens else _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        serve = tile if backend == "tiles" else documents
+        return serve.varlen_attention(q, k, v, starts_q, starts_k, causal, scale, window, softcap, sinks)
     if max_seqlen_k is None:
         raise ValueError("max_seqlen_k is needed with cu_seqlens_k")
     offsets_q, offsets_k = (x.to(device=q.device, dtype=torch.int32) for x in (cu_seqlens, cu_seqlens_k))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longtrace import kernels as K
+from longtrace.kernels import extension
 from longtrace.kernels.attention import reference
 from longtrace.kernels.attention.dispatch import choose
 
@@ -142,7 +143,8 @@ def test_bad_input_is_named():
 
 
 def test_the_choice_of_a_backend_has_a_reason():
-    assert choose("cpu", torch.bfloat16)[0] == "documents"
+    assert choose("cpu", torch.bfloat16)[0] == ("tiles" if extension.LOADED else "documents")
+    assert choose("cpu", torch.float64)[0] == "documents"
     assert "fp32" in choose("cuda", torch.float32)[1] or "float32" in choose("cuda", torch.float32)[1]
     assert "sinks" in choose("cuda", torch.bfloat16, sinks=True)[1]
     backend, why = choose("cuda", torch.bfloat16)

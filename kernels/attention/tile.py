@@ -1,0 +1,63 @@
+"""`varlen_attention` on the CPU: the C++ tiles of csrc/cpu/attention.cpp, their autograd glue and paddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtrace.kernels import extension
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTH = 32  # head dims are whole panels
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: list[int],
+    starts_k: list[int],
+    causal: bool,
+    scale: float,
+    window: tuple[int, int],
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(T, heads, Dv) from packed q (T, heads, D), k and v (Tk, kv heads, D or Dv); window sides of -1 are open.
+
+    Work is cut in blocks of queries (forward) and of keys (backward), whatever documents they belong to; the same bits
+    for any number of threads. Saved for the backward: the inputs, the output and two fp32 numbers a row and head.
+    """
+    width, dtype = v.shape[2], q.dtype
+    native = torch.bfloat16 if extension.BF16_OPERANDS and dtype == torch.bfloat16 else torch.float32
+    q, k, v = (F.pad(x, (0, -x.shape[2] % WIDTH)).to(native).contiguous() for x in (q, k, v))
+    starts = (torch.tensor(starts_q), torch.tensor(starts_k))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    out = TileAttention.apply(q, k, v, sinks, *starts, scale, softcap or 0.0, causal, *window)
+    return out[..., :width].to(dtype)
+
+
+class TileAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, starts_q, starts_k, scale, softcap, causal, left, right):
+        out, *sums = torch.ops.longtrace.attention_forward(
+            q, k, v, starts_q, starts_k, scale, softcap, causal, left, right, sinks
+        )
+        ctx.save_for_backward(q, k, v, sinks, starts_q, starts_k, out, *sums)
+        ctx.how = (scale, softcap, causal, left, right)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, sinks, starts_q, starts_k, out, reference, log_sum = ctx.saved_tensors
+        dq, dk, dv, delta = torch.ops.longtrace.attention_backward(
+            grad.contiguous(), q, k, v, out, reference, log_sum, starts_q, starts_k, *ctx.how
+        )
+        # a sink has no value: its gradient is -p_sink * delta, summed over the queries
+        dsinks = None if sinks is None else -(torch.exp2(sinks / math.log(2) - reference - log_sum) * delta).sum(0)
+        return dq, dk, dv, dsinks, *[None] * 7
