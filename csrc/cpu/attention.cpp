@@ -14,8 +14,9 @@ namespace longtrace::attention {
 namespace {
 
 constexpr int64_t kKeys = 256;      // keys of a block
-constexpr int64_t kQueryRows = 256;  // folded query rows of a block
-constexpr float kFarAbove = 60.0f;   // 2^60 above the reference: sums keep room below fp32's largest number
+constexpr int64_t kForwardRows = 256;   // folded query rows of a block: the forward's products want many,
+constexpr int64_t kBackwardRows = 128;  // the backward's want their rows of p and ds near
+constexpr float kFarAbove = 0x1p60f;   // a block's sum of 2^(x - reference): totals keep room below fp32's largest number
 constexpr float kLog2e = 1.44269504088896341f;
 
 struct Range {  // keys [first, last] of a document; empty if last < first
@@ -89,15 +90,14 @@ struct Visible {
 
   Visible(const Head& head, int64_t row, int64_t block, int64_t block_end) {
     const int64_t count = std::min(kPanel, head.rows - row);
-    const Range all = head.sees(row, row + count);
-    begin = std::max<int64_t>(0, all.first - block) / kPanel * kPanel;
-    end = std::min(block_end - 1, all.last) - block + 1;
-    masked = count < kPanel;
-    for (int64_t j = 0; j < kPanel; ++j) {
+    const Range top = head.sees(row), bottom = head.sees(row + count - 1);  // ranges only move forward
+    begin = std::max<int64_t>(0, top.first - block) / kPanel * kPanel;
+    end = std::min(block_end - 1, bottom.last) - block + 1;
+    masked = count < kPanel || bottom.first > block + begin || top.last < block + end - 1;
+    for (int64_t j = 0; j < kPanel && masked && !empty(); ++j) {
       const Range own = j < count ? head.sees(row + j) : Range{0, -1};
       first[j] = int32_t(std::clamp<int64_t>(own.first - block, 0, kKeys) - begin);
       last[j] = int32_t(std::clamp<int64_t>(own.last - block, -1, kKeys) - begin);
-      masked |= first[j] > 0 || last[j] < end - begin - 1;
     }
   }
   bool empty() const { return end <= begin; }
@@ -116,7 +116,7 @@ struct QueryBlock {
   int64_t begin, rows, panels;
   std::vector<int64_t> where;
 
-  QueryBlock(const Head& head, int64_t block) : begin(block * kQueryRows), rows(std::min(kQueryRows, head.rows - begin)),
+  QueryBlock(const Head& head, int64_t block, int64_t size) : begin(block * size), rows(std::min(size, head.rows - begin)),
       panels((rows + kPanel - 1) / kPanel), where(size_t(rows)) {
     for (int64_t r = 0; r < rows; ++r) where[r] = head.row(begin + r);
   }
@@ -126,13 +126,13 @@ struct Item {
   int64_t document, block;
 };
 
-// The blocks of all documents, in order.
-std::vector<Item> items_of(const Problem& p, bool of_queries) {
+// The blocks of all documents, in order: `size` query rows each, or kKeys keys if 0.
+std::vector<Item> items_of(const Problem& p, int64_t size) {
   std::vector<Item> items;
   for (int64_t i = 0; i < p.documents; ++i) {
     const Head head(p, i, 0);
-    const int64_t size = of_queries ? kQueryRows : kKeys, length = of_queries ? head.rows : head.keys;
-    for (int64_t b = 0; b * size < length; ++b) items.push_back({i, b});
+    const int64_t length = size ? head.rows : head.keys, step = size ? size : kKeys;
+    for (int64_t b = 0; b * step < length; ++b) items.push_back({i, b});
   }
   return items;
 }
@@ -140,9 +140,10 @@ std::vector<Item> items_of(const Problem& p, bool of_queries) {
 }  // namespace
 
 void forward(const TileKernels& k, const Problem& p, void* out, float* reference_out, float* log_sum_out, const ForEach& for_each) {
-  const std::vector<Item> items = items_of(p, true);
-  const int64_t size = size_of(k), panels = kQueryRows / kPanel, q_panel = p.D * kPanel * size, sums = p.Dv * kPanel;
+  const std::vector<Item> items = items_of(p, kForwardRows);
+  const int64_t size = size_of(k), panels = kForwardRows / kPanel, q_panel = p.D * kPanel * size, sums = p.Dv * kPanel;
   for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
+    const Session session(k);
     Buffer q_panels = scratch(panels * q_panel), values = scratch(p.Dv * (kKeys + kPanel) * size);
     Buffer tile_buffer = scratch(kKeys * kPanel * 4), p_panel = scratch((kKeys + kPanel) * kPanel * size);
     Buffer output = scratch(panels * sums * 4);
@@ -151,9 +152,9 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
       const int64_t index = int64_t(items.size()) * p.kv_heads - 1 - n;  // long rows of a causal document come first
       const Item item = items[index / p.kv_heads];
       const Head head(p, item.document, index % p.kv_heads);
-      const QueryBlock queries(head, item.block);
-      float reference[kQueryRows], sum[kQueryRows] = {};
-      std::fill_n(reference, kQueryRows, -INFINITY);
+      const QueryBlock queries(head, item.block, kForwardRows);
+      float reference[kForwardRows], sum[kForwardRows] = {};
+      std::fill_n(reference, kForwardRows, -INFINITY);
       std::fill_n(outputs, panels * sums, 0.0f);
       k.pack_transposed(picked(k, p.q, p.D, queries.where.data()), queries.rows, p.D, p.D, q_panels.get());
       const Range seen = head.sees(queries.begin, queries.begin + queries.rows);
@@ -171,7 +172,7 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
               keys, p.D, at(k, p.k, head.key(block + visible.begin) * p.D), p.kv_heads * p.D, q_panels.get() + panel * q_panel, tile,
               kPanel, false);
           float *own = reference + panel * kPanel, *total = sum + panel * kPanel, *result = outputs + panel * sums;
-          float from[kPanel], found[kPanel], peak[kPanel];
+          alignas(64) float from[kPanel], found[kPanel], peak[kPanel];
           Scores how = scores_of(p, visible);
           how.reference = from, how.sum = found, how.peak = peak, how.panel = p_panel.get(), how.padded = round_up(keys, k.k_step);
           const auto start = [&] {
@@ -186,9 +187,10 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
             start();
           }
           k.softmax(tile, keys, how);
-          if (std::any_of(peak, peak + kPanel, [](float x) { return x > kFarAbove; })) {
+          if (std::any_of(found, found + kPanel, [](float x) { return x > kFarAbove; })) {
+            k.score_peaks(tile, keys, how);
             for (int64_t j = 0; j < kPanel; ++j) {
-              if (!(peak[j] > kFarAbove)) continue;
+              if (!(found[j] > kFarAbove)) continue;
               const float factor = std::exp2(-peak[j]);
               own[j] = from[j] + peak[j], total[j] *= factor;
               for (int64_t d = 0; d < p.Dv; ++d) result[d * kPanel + j] *= factor;
@@ -241,7 +243,7 @@ void backward(
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       turns.push_back({all_panels, all_blocks});
       const int64_t rows = Head(p, i, h).rows;
-      all_panels += (rows + kPanel - 1) / kPanel, all_blocks += (rows + kQueryRows - 1) / kQueryRows;
+      all_panels += (rows + kPanel - 1) / kPanel, all_blocks += (rows + kBackwardRows - 1) / kBackwardRows;
     }
   std::unique_ptr<std::atomic<int64_t>[]> turn(new std::atomic<int64_t>[size_t(all_blocks)]);
   for (int64_t i = 0; i < all_blocks; ++i) turn[i] = -1;
@@ -249,11 +251,12 @@ void backward(
   Buffer dq_buffer = scratch(all_panels * panel_sums * 4);
   float* dq_sums = as_floats(dq_buffer);
 
-  const std::vector<Item> items = items_of(p, false);
+  const std::vector<Item> items = items_of(p, 0);
   for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
-    const int64_t panels = kQueryRows / kPanel, ld = kQueryRows | kPanel, ldk = kKeys + kPanel;
-    Buffer keys_turned = scratch(p.D * ldk * size), q_turned = scratch(kQueryRows * p.D * size), q_natural = scratch(kQueryRows * p.D * size);
-    Buffer do_turned = scratch(kQueryRows * p.Dv * size), do_natural = scratch(kQueryRows * p.Dv * size);
+    const Session session(k);
+    const int64_t panels = kBackwardRows / kPanel, ld = kBackwardRows | kPanel, ldk = kKeys + kPanel;
+    Buffer keys_turned = scratch(p.D * ldk * size), q_turned = scratch(kBackwardRows * p.D * size), q_natural = scratch(kBackwardRows * p.D * size);
+    Buffer do_turned = scratch(kBackwardRows * p.Dv * size), do_natural = scratch(kBackwardRows * p.Dv * size);
     Buffer s_tile = scratch(kKeys * kPanel * 4), dp_tile = scratch(kKeys * kPanel * 4);
     Buffer p_rows = scratch(kKeys * ld * size), ds_rows = scratch(kKeys * ld * size);
     Buffer ds_panels = scratch(panels * (kKeys + kPanel) * kPanel * size);
@@ -269,11 +272,11 @@ void backward(
       std::fill_n(dv_sums, kKeys * p.Dv, 0.0f);
       for (int64_t d = 0; d < p.D; d += kPanel)
         k.transpose(at(k, p.k, head.key(block) * p.D + d), p.kv_heads * p.D, count, padded, keys_turned.get() + d * ldk * size, ldk);
-      for (int64_t b = 0; b * kQueryRows < head.rows; ++b) {
-        const int64_t rows = std::min(kQueryRows, head.rows - b * kQueryRows);
-        const Range seen = head.sees(b * kQueryRows, b * kQueryRows + rows);
+      for (int64_t b = 0; b * kBackwardRows < head.rows; ++b) {
+        const int64_t rows = std::min(kBackwardRows, head.rows - b * kBackwardRows);
+        const Range seen = head.sees(b * kBackwardRows, b * kBackwardRows + rows);
         if (seen.first >= stop || seen.last < block) continue;
-        const QueryBlock queries(head, b);
+        const QueryBlock queries(head, b, kBackwardRows);
         const Matrix q = picked(k, p.q, p.D, queries.where.data()), grad = picked(k, grad_out, p.Dv, queries.where.data());
         const int64_t depth = round_up(rows, kPanel);
         k.pack_transposed(q, rows, p.D, p.D, q_turned.get());
@@ -282,7 +285,7 @@ void backward(
         k.pack(grad, 0, rows, depth, p.Dv, nullptr, do_natural.get());
         std::vector<Visible> visible;
         for (int64_t panel = 0; panel < queries.panels; ++panel) {
-          const int64_t row = b * kQueryRows + panel * kPanel;
+          const int64_t row = b * kBackwardRows + panel * kPanel;
           visible.emplace_back(head, row, block, stop);
           const Visible& see = visible.back();
           const int64_t keys = std::max<int64_t>(0, see.end - see.begin);
@@ -322,8 +325,13 @@ void backward(
               ds_panels.get() + panel * (kKeys + kPanel) * kPanel * size, sums, kPanel, true);
         }
         now.store(item.block, std::memory_order_release);
-        for (int64_t d = 0; d < p.Dv; d += kPanel) k.multiply(count, depth, p_rows.get(), ld, do_natural.get() + d * depth * size, dv_sums + d, p.Dv, true);
-        for (int64_t d = 0; d < p.D; d += kPanel) k.multiply(count, depth, ds_rows.get(), ld, q_natural.get() + d * depth * size, dk_sums + d, p.D, true);
+        for (int64_t i = 0; i < count; i += kPanel) {  // the rows of a product are used again while they are near
+          const int64_t some = std::min(kPanel, count - i);
+          for (int64_t d = 0; d < p.Dv; d += kPanel)
+            k.multiply(some, depth, p_rows.get() + i * ld * size, ld, do_natural.get() + d * depth * size, dv_sums + i * p.Dv + d, p.Dv, true);
+          for (int64_t d = 0; d < p.D; d += kPanel)
+            k.multiply(some, depth, ds_rows.get() + i * ld * size, ld, q_natural.get() + d * depth * size, dk_sums + i * p.D + d, p.D, true);
+        }
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t key = head.key(block + i);
@@ -333,7 +341,7 @@ void backward(
     }
   });
 
-  const std::vector<Item> rows = items_of(p, true);
+  const std::vector<Item> rows = items_of(p, kBackwardRows);
   for_each(int64_t(rows.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
     float scale[kPanel];
     for (int64_t n = begin; n < end; ++n) {
@@ -342,7 +350,7 @@ void backward(
       const Turns mine = turns[item.document * p.kv_heads + n % p.kv_heads];
       const bool blind = turn[mine.block + item.block] == -1;  // no query of the block sees a key
       std::fill_n(scale, kPanel, p.scale);
-      for (int64_t r = item.block * kQueryRows; r < std::min(head.rows, (item.block + 1) * kQueryRows); r += kPanel) {
+      for (int64_t r = item.block * kBackwardRows; r < std::min(head.rows, (item.block + 1) * kBackwardRows); r += kPanel) {
         float* sums = dq_sums + (mine.panel + r / kPanel) * panel_sums;
         if (blind) std::fill_n(sums, panel_sums, 0.0f);
         store_turned(k, head, sums, r, p.D, scale, dq);

@@ -97,6 +97,7 @@ void for_tiles(const Tokens& tokens, const Matrix& weight, int64_t V, const ForE
   const int64_t blocks = (V + kRows - 1) / kRows, groups = (tokens.panels + kGroup - 1) / kGroup;
   const bool direct = in_place(k, weight, H);
   for_each(blocks * groups, [&](int64_t begin, int64_t end) {
+    const Session session(k);
     Buffer copy = direct ? nullptr : scratch(kRows * K * size), logits = scratch(kRows * kPanel * 4);
     for (int64_t item = begin, held = -1; item < end; ++item) {
       const int64_t block = item / groups, rows = std::min(kRows, V - block * kRows);
@@ -242,6 +243,7 @@ void narrow_dh(
   float* sums = reinterpret_cast<float*>(partial.get());
   const Matrix operands{g, k.bf16 ? Dtype::bf16 : Dtype::fp32, ldg};
   for_each(ranges, [&](int64_t begin, int64_t end) {
+    const Session session(k);
     const int64_t lda = row_stride(kDepth);
     Buffer rows = scratch(kDepth * kPanel * size), turned = scratch(kPanel * lda * size);
     Buffer panel = scratch(kGroup * kPanel * kDepth * size);
@@ -288,6 +290,7 @@ void dh(
   Buffer partial = scratch(ranges * slab * 4);
   float* sums = reinterpret_cast<float*>(partial.get());
   for_each(ranges * groups, [&](int64_t begin, int64_t end) {
+    const Session session(k);
     Buffer weights = scratch(kDepth * columns * size), turned = scratch(kRows * row_stride(kDepth) * size);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t range = item / groups, first = item % groups * per_group, last = std::min(first + per_group, panels);
@@ -331,6 +334,7 @@ void dw(
   Buffer packed = scratch(panels * panel_bytes);
   k.pack(right, 0, n, K, N, scale, packed.get());
   for_each((F + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
+    const Session session(k);
     Buffer product = scratch(kRows * kPanel * 4);
     float* tile = reinterpret_cast<float*>(product.get());
     for (int64_t block = begin; block < end; ++block) {

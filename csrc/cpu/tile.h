@@ -40,7 +40,8 @@ struct Scores {
   const int32_t *first, *last;   // the rows each query sees, inclusive; null: all of them
   const float* reference;        // p = 2^(x - reference); backward: p = 2^(x - reference - log_sum)
   const float* log_sum;
-  float *sum, *peak;             // forward: += p; max= x - reference
+  float* sum;                    // forward: += p
+  float* peak;                   // score_peaks: max= x - reference
   void* panel;                   // forward: p, backward: ds, as a panel of K = padded rows, zeros below
   int64_t padded;
   const float *dp, *delta;       // backward: ds = p (dp - delta) times the softcap's derivative
@@ -53,6 +54,9 @@ struct TileKernels {
   bool bf16;       // operands are bf16, else fp32
   int64_t k_step;  // K is padded with zeros to a multiple of this
 
+  // Around all products of a thread's piece of work (see Session): the state that products need, and the caller's again.
+  void (*enter)(void* before);  // 64 bytes
+  void (*leave)(const void* before);
   // C (rows x 32, row stride ldc) = or += A (rows x K, row stride lda) * panel (K x 32).
   void (*multiply)(int64_t rows, int64_t K, const void* A, int64_t lda, const void* panel, float* C, int64_t ldc, bool add);
   // Rows [begin, begin + rows) as operands, row stride ld, columns [columns, ld) zero.
@@ -66,9 +70,26 @@ struct TileKernels {
   // max over n (a multiple of 32) of scale[i] * row[i].
   float (*row_max)(const void* row, int64_t n, const float* scale);
   void (*epilogue)(const float* tile, int64_t rows, const Epilogue& how);
-  void (*score_peaks)(const float* tile, int64_t rows, const Scores& how);  // how.peak alone
+  void (*score_peaks)(const float* tile, int64_t rows, const Scores& how);  
   void (*softmax)(const float* tile, int64_t rows, const Scores& how);
   void (*softmax_gradient)(const float* tile, int64_t rows, const Scores& how);
+};
+
+// Products happen inside a session: setting the tile registers up takes as long as a small product.
+class Session {
+ public:
+  explicit Session(const TileKernels& kernels) : leave_(kernels.leave) {
+    if (kernels.enter) kernels.enter(before_);
+  }
+  ~Session() {
+    if (leave_) leave_(before_);
+  }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+ private:
+  void (*leave_)(const void*);
+  alignas(64) unsigned char before_[64];
 };
 
 extern const TileKernels tile_baseline, tile_avx2, tile_avx512, tile_avx512_bf16, tile_amx;

@@ -69,31 +69,63 @@ static inline void block(int64_t K, const Bf16* A, int64_t lda, const Bf16* pane
   }
 }
 
-static void multiply(
-    int64_t rows, int64_t K, const void* A, int64_t lda, const void* panel, float* C, int64_t ldc, bool add) {
-  alignas(64) uint8_t before[64];  // whoever configured the tiles last (oneDNN remembers that it did) finds them so again
+// K = 64, as attention's scores have it: the panel stays in four tiles while 16 rows after 16 pass by.
+static inline void rows_of_64(int64_t rows, const Bf16* A, int64_t lda, const Bf16* panel, float* C, int64_t ldc) {
+  _tile_loadd(4, panel, 128);
+  _tile_loadd(5, panel + 32, 128);
+  _tile_loadd(6, panel + 32 * longtrace::kPanel, 128);
+  _tile_loadd(7, panel + 32 * longtrace::kPanel + 32, 128);
+  for (; rows >= 16; rows -= 16, A += 16 * lda, C += 16 * ldc) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, A, lda * 2);
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_dpbf16ps(1, 2, 5);
+    _tile_loadd(3, A + 32, lda * 2);
+    _tile_dpbf16ps(0, 3, 6);
+    _tile_dpbf16ps(1, 3, 7);
+    _tile_stored(0, C, ldc * 4);
+    _tile_stored(1, C + 16, ldc * 4);
+  }
+}
+
+static void enter(void* before) {  // whoever set the tiles up last (oneDNN remembers that it did) finds them so again
   _tile_storeconfig(before);
   asm volatile("" ::"r"(before) : "memory");
-  const Bf16 *a = static_cast<const Bf16*>(A), *b = static_cast<const Bf16*>(panel);
-  if (rows >= 32) configure(16, 16);
-  for (; rows >= 32; rows -= 32, a += 32 * lda, C += 32 * ldc) block<true>(K, a, lda, b, C, ldc, add);
-  if (rows > 16) {
-    configure(16, rows - 16);
-    block<true>(K, a, lda, b, C, ldc, add);
-  } else if (rows > 0) {
-    configure(rows, 0);
-    block<false>(K, a, lda, b, C, ldc, add);
-  }
-  if (before[0])
+  configure(16, 16);
+}
+
+static void leave(const void* before) {
+  if (*static_cast<const uint8_t*>(before))
     _tile_loadconfig(before);
   else
     _tile_release();
+}
+
+static void multiply(
+    int64_t rows, int64_t K, const void* A, int64_t lda, const void* panel, float* C, int64_t ldc, bool add) {
+  const Bf16 *a = static_cast<const Bf16*>(A), *b = static_cast<const Bf16*>(panel);
+  if (K == 64 && !add) {
+    const int64_t whole = rows / 16 * 16;
+    rows_of_64(whole, a, lda, b, C, ldc);
+    rows -= whole, a += whole * lda, C += whole * ldc;
+  }
+  for (; rows >= 32; rows -= 32, a += 32 * lda, C += 32 * ldc) block<true>(K, a, lda, b, C, ldc, add);
+  if (!rows) return;
+  if (rows > 16) {
+    configure(16, rows - 16);
+    block<true>(K, a, lda, b, C, ldc, add);
+  } else {
+    configure(rows, 0);
+    block<false>(K, a, lda, b, C, ldc, add);
+  }
+  configure(16, 16);
 }
 
 }  // namespace
 
 namespace longtrace {
 const TileKernels tile_amx = {
-    "amx", true, 32, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
+    "amx", true, 32, enter, leave, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
     row_max<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
 }
