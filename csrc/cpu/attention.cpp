@@ -140,11 +140,26 @@ std::vector<Item> items_of(const Problem& p, int64_t size) {
 }  // namespace
 
 void forward(const TileKernels& k, const Problem& p, void* out, float* reference_out, float* log_sum_out, const ForEach& for_each) {
-  const std::vector<Item> items = items_of(p, kForwardRows);
+  const std::vector<Item> items = items_of(p, kForwardRows), key_blocks = items_of(p, 0);
   const int64_t size = size_of(k), panels = kForwardRows / kPanel, q_panel = p.D * kPanel * size, sums = p.Dv * kPanel;
+  const int64_t ld = kKeys + kPanel, turned_block = p.Dv * ld * size;  // of the values of a block of keys and a kv head
+  std::vector<int64_t> first_block(size_t(p.documents), 0);            // of each document
+  for (int64_t n = int64_t(key_blocks.size()) - 1; n >= 0; --n) first_block[key_blocks[n].document] = n;
+  Buffer values = scratch(int64_t(key_blocks.size()) * p.kv_heads * turned_block);
+  for_each(int64_t(key_blocks.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const Item item = key_blocks[n / p.kv_heads];
+      const Head head(p, item.document, n % p.kv_heads);
+      const int64_t start = item.block * kKeys, count = std::min(kKeys, head.keys - start);
+      for (int64_t d = 0; d < p.Dv; d += kPanel)
+        k.transpose(
+            at(k, p.v, head.key(start) * p.Dv + d), p.kv_heads * p.Dv, count, round_up(count, kPanel),
+            values.get() + n * turned_block + d * ld * size, ld);
+    }
+  });
   for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
     const Session session(k);
-    Buffer q_panels = scratch(panels * q_panel), values = scratch(p.Dv * (kKeys + kPanel) * size);
+    Buffer q_panels = scratch(panels * q_panel);
     Buffer tile_buffer = scratch(kKeys * kPanel * 4), p_panel = scratch((kKeys + kPanel) * kPanel * size);
     Buffer output = scratch(panels * sums * 4);
     float *tile = as_floats(tile_buffer), *outputs = as_floats(output);
@@ -159,11 +174,8 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
       k.pack_transposed(picked(k, p.q, p.D, queries.where.data()), queries.rows, p.D, p.D, q_panels.get());
       const Range seen = head.sees(queries.begin, queries.begin + queries.rows);
       for (int64_t block = seen.first / kKeys * kKeys; block <= seen.last; block += kKeys) {
-        const int64_t stop = std::min(block + kKeys, head.keys), ld = kKeys + kPanel;
-        for (int64_t d = 0; d < p.Dv; d += kPanel)
-          k.transpose(
-              at(k, p.v, head.key(block) * p.Dv + d), p.kv_heads * p.Dv, stop - block, round_up(stop - block, kPanel),
-              values.get() + d * ld * size, ld);
+        const int64_t stop = std::min(block + kKeys, head.keys);
+        const char* turned = values.get() + ((first_block[item.document] + block / kKeys) * p.kv_heads + head.kv_head) * turned_block;
         for (int64_t panel = 0; panel < queries.panels; ++panel) {
           const Visible visible(head, queries.begin + panel * kPanel, block, stop);
           if (visible.empty()) continue;
@@ -199,7 +211,7 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
             k.softmax(tile, keys, how);
           }
           for (int64_t j = 0; j < kPanel; ++j) total[j] += found[j];
-          k.multiply(p.Dv, how.padded, values.get() + visible.begin * size, ld, p_panel.get(), result, kPanel, true);
+          k.multiply(p.Dv, how.padded, turned + visible.begin * size, ld, p_panel.get(), result, kPanel, true);
         }
       }
       for (int64_t panel = 0; panel < queries.panels; ++panel) {
