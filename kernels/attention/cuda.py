@@ -31,26 +31,27 @@ def _sizes(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int
 
 
 # (kernel, operand, width) -> {family: sizes}; width is the padded head dim, the larger of D and Dv. "any" serves what
-# has no entry of its own.
+# has no entry of its own, within 99 KiB of shared memory; "... softcap" goes first under a softcap, whose tanh takes
+# registers. Chosen so that nothing spills with Triton 3.9, on sm_80 to sm_120 and gfx942.
 SIZES: dict[tuple[str, str, int], dict[str, dict[str, int]]] = {
     ("forward", "narrow", 64): {"any": _sizes(128, 64, 4, 3)},
-    ("forward", "narrow", 128): {"any": _sizes(128, 64, 8, 2)},
-    ("forward", "narrow", 256): {"any": _sizes(64, 32, 8, 2)},
-    ("dk_dv", "narrow", 64): {"any": _sizes(64, 64, 4, 2)},
-    ("dk_dv", "narrow", 128): {"any": _sizes(32, 64, 8, 2)},
+    ("forward", "narrow", 128): {"any": _sizes(128, 64, 8, 2), "hopper": _sizes(128, 64, 8, 3)},
+    ("forward", "narrow", 256): {"any": _sizes(64, 32, 8, 2), "hopper": _sizes(128, 32, 8, 2)},
+    ("dk_dv", "narrow", 64): {"any": _sizes(16, 64, 4, 2)},
+    ("dk_dv", "narrow", 128): {"any": _sizes(32, 32, 8, 2), "hopper": _sizes(32, 128, 8, 2)},
     ("dk_dv", "narrow", 256): {"any": _sizes(32, 32, 8, 1)},
     ("dq", "narrow", 64): {"any": _sizes(64, 64, 4, 2)},
-    ("dq", "narrow", 128): {"any": _sizes(64, 32, 8, 2)},
-    ("dq", "narrow", 256): {"any": _sizes(32, 32, 8, 2)},
+    ("dq", "narrow", 128): {"any": _sizes(64, 32, 4, 2), "hopper": _sizes(128, 64, 8, 2)},
+    ("dq", "narrow", 256): {"any": _sizes(32, 32, 4, 2)},
     ("forward", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
     ("forward", "fp32", 128): {"any": _sizes(32, 16, 8, 1)},
     ("forward", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
     ("dk_dv", "fp32", 64): {"any": _sizes(16, 32, 8, 1)},
     ("dk_dv", "fp32", 128): {"any": _sizes(16, 16, 8, 1)},
     ("dk_dv", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
-    ("dq", "fp32", 64): {"any": _sizes(32, 16, 8, 1)},
-    ("dq", "fp32", 128): {"any": _sizes(16, 16, 8, 1)},
-    ("dq", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
+    ("dq", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
+    ("dq", "fp32", 128): {"any": _sizes(16, 16, 8, 2)},
+    ("dq", "fp32", 256): {"any": _sizes(16, 16, 8, 2)},
 }
 
 
@@ -75,11 +76,14 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes(kernel: str, dtype: torch.dtype, D: int, DV: int, arch: str) -> dict[str, Any]:
+def sizes(kernel: str, dtype: torch.dtype, D: int, DV: int, softcap: bool, arch: str) -> dict[str, Any]:
     """Block sizes, warps and stages of "forward", "dk_dv" or "dq" on `arch`."""
     operand = "fp32" if dtype == torch.float32 else "narrow"
     table = SIZES[kernel, operand, max(64, padded(D), padded(DV))]
-    chosen = table.get(family(arch), table["any"])
+    names = [family(arch), "any"]
+    if softcap:
+        names = [f"{name} softcap" for name in names] + names
+    chosen = next(table[name] for name in names if name in table)
     return {**chosen, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV)}
 
 
@@ -105,7 +109,7 @@ class Attention(torch.autograd.Function):
         lse = q.new_full((heads, T), math.inf, dtype=torch.float32)
         ctx.options = (scale, left, right, softcap)
         arguments, flags = _arguments(q, k, v, offsets_q, *ctx.options)
-        config = sizes("forward", q.dtype, D, DV, _arch(q.device))
+        config = sizes("forward", q.dtype, D, DV, softcap is not None, _arch(q.device))
         grid = (T // config["BLOCK_M"] + offsets_q.numel() - 1, heads)
         launch(
             forward_kernel, grid, q, k, v, sinks, offsets_q, offsets_k, out, lse, *arguments,
@@ -136,12 +140,12 @@ class Attention(torch.autograd.Function):
         documents = offsets_q.numel() - 1
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
-            config = sizes("dk_dv", q.dtype, D, DV, _arch(q.device))
+            config = sizes("dk_dv", q.dtype, D, DV, softcap is not None, _arch(q.device))
             grid = (k.shape[0] // config["BLOCK_N"] + documents, k.shape[1])
             launch(dk_dv_kernel, grid, *inputs, dk, dv, *rest, **config)
         if ctx.needs_input_grad[0]:
             dq = q.new_zeros(q.shape)
-            config = sizes("dq", q.dtype, D, DV, _arch(q.device))
+            config = sizes("dq", q.dtype, D, DV, softcap is not None, _arch(q.device))
             launch(dq_kernel, (T // config["BLOCK_M"] + documents, heads), *inputs, dq, *rest, **config)
         if ctx.needs_input_grad[3]:  # the sink's own probability times -delta, as its value is 0
             p = torch.exp2(sinks.float()[:, None] * LOG2_E - lse)
