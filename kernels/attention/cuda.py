@@ -87,9 +87,9 @@ def sizes(kernel: str, dtype: torch.dtype, D: int, DV: int, softcap: bool, arch:
     return {**chosen, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV)}
 
 
-def slopes(scale: float, softcap: float | None) -> tuple[float, float]:
-    """(slope, cap): the softmax is 2^z with z = slope s, or with a softcap z = cap tanh(slope s), of raw scores s."""
-    return (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
+def factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(inner, outer): the softmax is of 2^(outer s), or with a softcap of 2^(outer tanh(inner s)), s = q k."""
+    return (0.0, scale * LOG2_E) if softcap is None else (scale / softcap, softcap * LOG2_E)
 
 
 def wide_rows(x: Tensor) -> Tensor:
@@ -106,36 +106,36 @@ class Attention(torch.autograd.Function):
         q, k, v = wide_rows(q), wide_rows(k), wide_rows(v)
         (T, heads, D), DV = q.shape, v.shape[2]
         out = q.new_zeros(T, heads, DV)  # tokens after the last offset, should there be any, read 0
-        lse = q.new_full((heads, T), math.inf, dtype=torch.float32)
+        stats = q.new_empty(2, heads, T, dtype=torch.float32)
         ctx.options = (scale, left, right, softcap)
         arguments, flags = _arguments(q, k, v, offsets_q, *ctx.options)
         config = sizes("forward", q.dtype, D, DV, softcap is not None, _arch(q.device))
         grid = (T // config["BLOCK_M"] + offsets_q.numel() - 1, heads)
         launch(
-            forward_kernel, grid, q, k, v, sinks, offsets_q, offsets_k, out, lse, *arguments,
-            *slopes(scale, softcap), left, right, *flags, sinks is not None, _is_padded(D, DV), **config,
+            forward_kernel, grid, q, k, v, sinks, offsets_q, offsets_k, out, stats, *arguments,
+            *factors(scale, softcap), left, right, *flags, sinks is not None, _is_padded(D, DV), **config,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, sinks, offsets_q, offsets_k, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, offsets_q, offsets_k, out, stats)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, sinks, offsets_q, offsets_k, out, lse = ctx.saved_tensors
+        q, k, v, sinks, offsets_q, offsets_k, out, stats = ctx.saved_tensors
         scale, left, right, softcap = ctx.options
         (T, heads, D), DV = q.shape, v.shape[2]
         d_out = wide_rows(d_out)
-        delta = torch.empty_like(lse)
+        delta = torch.empty_like(stats[0])
         launch(
             delta_kernel, (triton.cdiv(T, DELTA["BLOCK"]), heads), out, d_out, delta, T, heads, DV, d_out.stride(0),
             d_out.stride(1), _is_padded(DV, DV), BLOCK_DV=padded(DV), **DELTA,
         )  # fmt: skip
         arguments, flags = _arguments(q, k, v, offsets_q, *ctx.options)
         rest = (
-            *arguments, d_out.stride(0), d_out.stride(1), *slopes(scale, softcap), scale, left, right, *flags,
+            *arguments, d_out.stride(0), d_out.stride(1), *factors(scale, softcap), scale, left, right, *flags,
             _is_padded(D, DV),
         )  # fmt: skip
-        inputs = (q, k, v, d_out, lse, delta, offsets_q, offsets_k)
+        inputs = (q, k, v, d_out, stats, delta, offsets_q, offsets_k)
         dq = dk = dv = d_sinks = None
         documents = offsets_q.numel() - 1
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
@@ -148,7 +148,8 @@ class Attention(torch.autograd.Function):
             config = sizes("dq", q.dtype, D, DV, softcap is not None, _arch(q.device))
             launch(dq_kernel, (T // config["BLOCK_M"] + documents, heads), *inputs, dq, *rest, **config)
         if ctx.needs_input_grad[3]:  # the sink's own probability times -delta, as its value is 0
-            p = torch.exp2(sinks.float()[:, None] * LOG2_E - lse)
+            outer = factors(scale, softcap)[1]
+            p = torch.exp2((sinks.float()[:, None] * (LOG2_E / outer) - stats[0]) * outer - stats[1])
             d_sinks = -(p * delta).sum(1).to(sinks.dtype)
         return dq, dk, dv, d_sinks, None, None, None, None, None, None
 
@@ -179,6 +180,9 @@ def varlen_attention(
     if q.dtype not in FLOATS or max(D, DV) > WIDEST:
         raise ValueError(f"head dims {D} and {DV} of {q.dtype}; accepted: up to {WIDEST} of fp32, bf16 or fp16")
     left, right = (min(side, FAR) if side >= 0 else -1 for side in window)
+    if scale < 0:  # the kernels take maxima of unscaled scores
+        q, scale = -q, -scale
+    scale = max(scale, 1e-30)  # not 0: masked scores are -inf, and 0 times that is NaN
     if D % 8:  # zeros change no score
         q, k = (F.pad(x, (0, -D % 8)) for x in (q, k))
     if DV % 8:

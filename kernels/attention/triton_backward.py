@@ -1,6 +1,6 @@
 """Packed attention, backward, in three Triton kernels: row sums of dout out, then dk and dv, then dq.
 
-What: gradients from the saved log-sum-exp, probabilities recomputed block by block. Replaces: the backward of SDPA per
+What: gradients from the saved row statistics, probabilities recomputed block by block. Replaces: the backward of SDPA per
 document, and recomputed plain maths for softcap and sinks. Why faster: no score reaches memory; blocks out of sight are
 skipped, and only blocks on an edge of the mask are masked.
 A program owns its block of keys (over all query heads that share them) or of queries, so there are no atomics and one
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from longtrace.kernels.attention.triton_forward import (
     SIZES,
-    base_two,
+    capped,
     dot,
     key_blocks,
     locate,
@@ -63,7 +63,7 @@ def query_blocks(
 
 @triton.jit
 def add_dk_dv(
-    dk, dv, keys, values, q, d_out, lse, delta, begin, end, stand, q_len, q_stride, d_stride, slope, cap, left, right,
+    dk, dv, keys, values, q, d_out, tops, log_sums, delta, begin, end, stand, q_len, q_stride, d_stride, inner, outer, left, right,
     D, DV, EDGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -71,29 +71,31 @@ def add_dk_dv(
     row, col = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     for m0 in range(begin, end, BLOCK_M):
         x = rows_of(q, q_stride, m0, q_len, D, BLOCK_M, BLOCK_D, EDGE, PADDED)
-        z, t = base_two(product(keys, tl.trans(x), BLOCK_N, BLOCK_M), slope, cap, HAS_CAP)
+        z = capped(product(keys, tl.trans(x), BLOCK_N, BLOCK_M), inner, HAS_CAP)
         if EDGE:
-            level = tl.load(lse + m0 + col, mask=m0 + col < q_len, other=float("inf"))  # no query: p = 0
-            part = tl.load(delta + m0 + col, mask=m0 + col < q_len, other=0.0)
+            there = m0 + col < q_len
+            top = tl.load(tops + m0 + col, mask=there, other=0.0)
+            log_sum = tl.load(log_sums + m0 + col, mask=there, other=float("inf"))  # no query: p = 0
+            part = tl.load(delta + m0 + col, mask=there, other=0.0)
         else:
-            level, part = tl.load(lse + m0 + col), tl.load(delta + m0 + col)
-        p = tl.exp2(z - level[None, :])
+            top, log_sum, part = tl.load(tops + m0 + col), tl.load(log_sums + m0 + col), tl.load(delta + m0 + col)
+        p = tl.exp2((z - top[None, :]) * outer - log_sum[None, :])
         if EDGE:
             p = tl.where(seen((stand + row)[:, None] - (m0 + col)[None, :], left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
         up = rows_of(d_out, d_stride, m0, q_len, DV, BLOCK_M, BLOCK_DV, EDGE, PADDED)
         dv = dot(rounded(p, q.dtype.element_ty), up, dv)
         ds = p * (product(values, tl.trans(up), BLOCK_N, BLOCK_M) - part[None, :])
         if HAS_CAP:
-            ds *= 1.0 - t * t
+            ds *= 1.0 - z * z
         dk = dot(rounded(ds, q.dtype.element_ty), x, dk)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=[*SIZES, "d_stride", "d_head"])
 def dk_dv_kernel(
-    q, k, v, d_out, lse, delta, offsets_q, offsets_k, dk, dv,
+    q, k, v, d_out, stats, delta, offsets_q, offsets_k, dk, dv,
     documents, steps, T, heads, group, D, DV, q_stride, q_head, k_stride, k_head, v_stride, v_head, d_stride, d_head,
-    slope, cap, scale, left, right,
+    inner, outer, scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -123,21 +125,22 @@ def dk_dv_kernel(
             head = kv_head * group + member
             qs = q + first.to(tl.int64) * q_stride + head * q_head
             ups = d_out + first.to(tl.int64) * d_stride + head * d_head
-            levels, parts = lse + head * T + first, delta + head * T + first
+            tops, parts = stats + head * T + first, delta + head * T + first
+            log_sums = tops + tl.cast(heads, tl.int64) * T
             if HAS_RIGHT:
                 dk_sum, dv_sum = add_dk_dv(
-                    dk_sum, dv_sum, keys, values, qs, ups, levels, parts, low, begin, stand, q_len, q_stride, d_stride,
-                    slope, cap, left, right, D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
+                    dk_sum, dv_sum, keys, values, qs, ups, tops, log_sums, parts, low, begin, stand, q_len, q_stride, d_stride,
+                    inner, outer, left, right, D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
             dk_sum, dv_sum = add_dk_dv(
-                dk_sum, dv_sum, keys, values, qs, ups, levels, parts, begin, end, stand, q_len, q_stride, d_stride,
-                slope, cap, left, right, D, DV, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
+                dk_sum, dv_sum, keys, values, qs, ups, tops, log_sums, parts, begin, end, stand, q_len, q_stride, d_stride,
+                inner, outer, left, right, D, DV, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             dk_sum, dv_sum = add_dk_dv(
-                dk_sum, dv_sum, keys, values, qs, ups, levels, parts, end, high, stand, q_len, q_stride, d_stride,
-                slope, cap, left, right, D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
+                dk_sum, dv_sum, keys, values, qs, ups, tops, log_sums, parts, end, high, stand, q_len, q_stride, d_stride,
+                inner, outer, left, right, D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         kv_heads = heads // group
@@ -149,7 +152,7 @@ def dk_dv_kernel(
 
 @triton.jit
 def add_dq(
-    dq, x, up, level, part, k, v, begin, end, stand, k_len, k_stride, v_stride, slope, cap, left, right, D, DV,
+    dq, x, up, top, log_sum, part, k, v, begin, end, stand, k_len, k_stride, v_stride, inner, outer, left, right, D, DV,
     EDGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +160,8 @@ def add_dq(
     row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     for n0 in range(begin, end, BLOCK_N):
         keys = rows_of(k, k_stride, n0, k_len, D, BLOCK_N, BLOCK_D, EDGE, PADDED)
-        z, t = base_two(product(x, tl.trans(keys), BLOCK_M, BLOCK_N), slope, cap, HAS_CAP)
-        p = tl.exp2(z - level[:, None])
+        z = capped(product(x, tl.trans(keys), BLOCK_M, BLOCK_N), inner, HAS_CAP)
+        p = tl.exp2((z - top[:, None]) * outer - log_sum[:, None])
         if EDGE:
             see = (n0 + col < k_len)[None, :]
             see = see & seen((n0 + col)[None, :] - (stand + row)[:, None], left, right, HAS_LEFT, HAS_RIGHT)
@@ -166,16 +169,16 @@ def add_dq(
         values = rows_of(v, v_stride, n0, k_len, DV, BLOCK_N, BLOCK_DV, EDGE, PADDED)
         ds = p * (product(up, tl.trans(values), BLOCK_M, BLOCK_N) - part[:, None])
         if HAS_CAP:
-            ds *= 1.0 - t * t
+            ds *= 1.0 - z * z
         dq = dot(rounded(ds, k.dtype.element_ty), keys, dq)
     return dq
 
 
 @triton.jit(do_not_specialize=[*SIZES, "d_stride", "d_head"])
 def dq_kernel(
-    q, k, v, d_out, lse, delta, offsets_q, offsets_k, dq,
+    q, k, v, d_out, stats, delta, offsets_q, offsets_k, dq,
     documents, steps, T, heads, group, D, DV, q_stride, q_head, k_stride, k_head, v_stride, v_head, d_stride, d_head,
-    slope, cap, scale, left, right,
+    inner, outer, scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -201,22 +204,24 @@ def dq_kernel(
         x = rows_of(q, q_stride, m0, q_len, D, BLOCK_M, BLOCK_D, True, PADDED)
         up = rows_of(d_out, d_stride, m0, q_len, DV, BLOCK_M, BLOCK_DV, True, PADDED)
         row = m0 + tl.arange(0, BLOCK_M)
-        level = tl.load(lse + head * T + first + row, mask=row < q_len, other=float("inf"))
+        at = stats + head * T + first + row
+        top = tl.load(at, mask=row < q_len, other=0.0)
+        log_sum = tl.load(at + tl.cast(heads, tl.int64) * T, mask=row < q_len, other=float("inf"))
         part = tl.load(delta + head * T + first + row, mask=row < q_len, other=0.0)
         total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         low, high, begin, end = key_blocks(m0, q_len, k_len, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         stand = m0 + k_len - q_len
         if HAS_LEFT:
             total = add_dq(
-                total, x, up, level, part, k, v, low, begin, stand, k_len, k_stride, v_stride, slope, cap, left, right,
+                total, x, up, top, log_sum, part, k, v, low, begin, stand, k_len, k_stride, v_stride, inner, outer, left, right,
                 D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         total = add_dq(
-            total, x, up, level, part, k, v, begin, end, stand, k_len, k_stride, v_stride, slope, cap, left, right,
+            total, x, up, top, log_sum, part, k, v, begin, end, stand, k_len, k_stride, v_stride, inner, outer, left, right,
             D, DV, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         total = add_dq(
-            total, x, up, level, part, k, v, end, high, stand, k_len, k_stride, v_stride, slope, cap, left, right,
+            total, x, up, top, log_sum, part, k, v, end, high, stand, k_len, k_stride, v_stride, inner, outer, left, right,
             D, DV, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         dq += first.to(tl.int64) * heads * D + head * D

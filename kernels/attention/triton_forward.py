@@ -1,4 +1,4 @@
-"""Packed attention, forward, in one Triton kernel: softmax(q k^T) v per document, with the log-sum-exp of each row.
+"""Packed attention, forward, in one Triton kernel: softmax(q k^T) v per document, with what the backward needs of each row.
 
 What: an online softmax over the key blocks a block of queries can see. Replaces: SDPA per document, and plain maths
 for softcap and sinks. Why faster: scores stay in registers, one launch for all documents, blocks out of sight are
@@ -75,14 +75,14 @@ def store_rows(out, stride, x, first, count, width, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit
-def base_two(s, slope, cap, HAS_CAP: tl.constexpr):
-    """(z, tanh) of raw scores: the softmax is 2^z; see `slopes` in cuda.py."""
-    z = s * slope
-    t = z
+def capped(s, inner, HAS_CAP: tl.constexpr):
+    """Raw scores, or tanh(inner s) under a softcap: the softmax is of powers 2^(outer .); see `factors` in cuda.py.
+
+    Maxima are taken and subtracted before `outer` comes in: a large offset of all scores then costs no digits.
+    """
     if HAS_CAP:
-        t = tanh(z)
-        z = t * cap
-    return z, t
+        s = tanh(s * inner)
+    return s
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def key_blocks(
 
 @triton.jit
 def attend(
-    acc, total, top, q, k, v, begin, end, stand, k_len, k_stride, v_stride, slope, cap, left, right, D, DV,
+    acc, total, top, q, k, v, begin, end, stand, k_len, k_stride, v_stride, inner, outer, left, right, D, DV,
     EDGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -130,15 +130,15 @@ def attend(
     row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     for n0 in range(begin, end, BLOCK_N):
         keys = rows_of(k, k_stride, n0, k_len, D, BLOCK_N, BLOCK_D, EDGE, PADDED)
-        z, _ = base_two(product(q, tl.trans(keys), BLOCK_M, BLOCK_N), slope, cap, HAS_CAP)
+        z = capped(product(q, tl.trans(keys), BLOCK_M, BLOCK_N), inner, HAS_CAP)
         if EDGE:
             see = (n0 + col < k_len)[None, :]
             see = see & seen((n0 + col)[None, :] - (stand + row)[:, None], left, right, HAS_LEFT, HAS_RIGHT)
             z = tl.where(see, z, -INFINITY)
         new = tl.maximum(top, tl.max(z, 1))
         base = tl.where(new == -INFINITY, 0.0, new)  # a row that has seen nothing: all terms are exp2(-inf) = 0
-        p = tl.exp2(z - base[:, None])
-        fade = tl.exp2(top - base)
+        p = tl.exp2((z - base[:, None]) * outer)
+        fade = tl.exp2((top - base) * outer)
         total = total * fade + tl.sum(p, 1)
         values = rows_of(v, v_stride, n0, k_len, DV, BLOCK_N, BLOCK_DV, EDGE, PADDED)
         acc = dot(rounded(p, v.dtype.element_ty), values, acc * fade[:, None])
@@ -154,13 +154,13 @@ SIZES = [
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, sinks, offsets_q, offsets_k, out, lse,
+    q, k, v, sinks, offsets_q, offsets_k, out, stats,
     documents, steps, T, heads, group, D, DV, q_stride, q_head, k_stride, k_head, v_stride, v_head,
-    slope, cap, left, right,
+    inner, outer, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """What: out and lse (base 2) of a block of queries of one head. Replaces: two products and a softmax.
+    """What: out of a block of queries of one head, and of each row the maximum and log2 of the sum of powers. Replaces: two products and a softmax.
     Why: see the file; a sink is where the running maximum and sum begin, so it costs nothing.
     """
     head = tl.program_id(1).to(tl.int64)
@@ -182,28 +182,30 @@ def forward_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         if HAS_SINKS:
-            top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+            top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * (LOG2_E / outer)
             total += 1.0
         low, high, begin, end = key_blocks(m0, q_len, k_len, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         stand = m0 + k_len - q_len
         if HAS_LEFT:
             acc, total, top = attend(
-                acc, total, top, x, k, v, low, begin, stand, k_len, k_stride, v_stride, slope, cap, left, right, D, DV,
+                acc, total, top, x, k, v, low, begin, stand, k_len, k_stride, v_stride, inner, outer, left, right, D, DV,
                 True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         acc, total, top = attend(
-            acc, total, top, x, k, v, begin, end, stand, k_len, k_stride, v_stride, slope, cap, left, right, D, DV,
+            acc, total, top, x, k, v, begin, end, stand, k_len, k_stride, v_stride, inner, outer, left, right, D, DV,
             False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         acc, total, top = attend(
-            acc, total, top, x, k, v, end, high, stand, k_len, k_stride, v_stride, slope, cap, left, right, D, DV,
+            acc, total, top, x, k, v, end, high, stand, k_len, k_stride, v_stride, inner, outer, left, right, D, DV,
             True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PADDED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         blind = (total == 0.0) | (top == -INFINITY)
-        acc = acc * (1.0 / tl.where(blind, 1.0, total))[:, None]
-        # +inf for a row without keys: the backward's exp2(z - lse) is then 0
-        level = tl.where(blind, INFINITY, top + tl.log2(tl.where(blind, 1.0, total)))
+        total = tl.where(blind, 1.0, total)
         row = m0 + tl.arange(0, BLOCK_M)
-        tl.store(lse + head * T + first + row, level, mask=row < q_len)
+        at = stats + head * T + first + row
+        tl.store(at, tl.where(blind, 0.0, top), mask=row < q_len)
+        # +inf for a row without keys: the backward's 2^(... - inf) is then 0
+        tl.store(at + tl.cast(heads, tl.int64) * T, tl.where(blind, INFINITY, tl.log2(total)), mask=row < q_len)
+        acc = acc * (1.0 / total)[:, None]
         DV_all = heads * DV
         store_rows(out + first.to(tl.int64) * DV_all + head * DV, DV_all, acc, m0, q_len, DV, BLOCK_M, BLOCK_DV)

@@ -34,8 +34,8 @@ FEATURES = {  # what is on; PADDED follows from the head dims
     "all": ("HAS_LEFT", "HAS_RIGHT", "HAS_CAP", "HAS_SINKS"),
 }
 NUMBERS = {"documents", "steps", "T", "heads", "group", "D", "DV", "left", "right"}
-REAL = {"slope", "cap", "scale"}
-WIDE = {"lse", "delta", "sinks"}  # fp32 always
+REAL = {"inner", "outer", "scale"}
+WIDE = {"stats", "delta", "sinks"}  # fp32 always
 
 
 def compiled(kernel: str, arch: str, dtype: str, D: int, DV: int, features: str):
