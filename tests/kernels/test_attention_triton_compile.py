@@ -5,7 +5,6 @@ Read from the compiled object: local memory (a spill), shared memory, and the ma
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -43,7 +42,10 @@ def compiled(kernel: str, arch: str, dtype: str, D: int, DV: int, features: str)
     if kernel == "delta":
         function, config = cuda.delta_kernel, {**cuda.DELTA, "BLOCK_DV": cuda.padded(DV)}
     else:
-        function, config = KERNELS[kernel], cuda.sizes(kernel, DTYPES[dtype], D, DV, "HAS_CAP" in FEATURES[features], arch)
+        function, config = (
+            KERNELS[kernel],
+            cuda.sizes(kernel, DTYPES[dtype], D, DV, "HAS_CAP" in FEATURES[features], arch),
+        )
     signature, constants, wide = {}, {}, {}
     for i, argument in enumerate(function.arg_names):
         signature[argument] = "constexpr"
@@ -90,3 +92,61 @@ def check(folder: Path, kernel: str, arch: str, dtype: str, D: int, DV: int, fea
     assert "tf32" not in ptx
     if product:
         assert re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx), "no matrix instruction"
+
+
+# Families differ in their sizes, so each gets its widest common case; sm_80 and sm_120 share theirs.
+QUICK = [
+    ("forward", "sm_90", "bf16", 128, 128, "causal"),
+    ("dk_dv", "sm_90", "bf16", 128, 128, "causal"),
+    ("dq", "sm_90", "bf16", 128, 128, "causal"),
+    ("dk_dv", "sm_120", "bf16", 128, 128, "causal"),
+    ("dk_dv", "sm_120", "bf16", 64, 64, "all"),
+    ("dq", "sm_120", "fp32", 128, 128, "causal"),
+    ("forward", "sm_100", "bf16", 128, 128, "causal"),
+    ("forward", "gfx942", "bf16", 128, 128, "causal"),
+    ("delta", "sm_80", "bf16", 128, 128, "full"),
+]
+
+
+@pytest.mark.parametrize("values", QUICK, ids=lambda x: " ".join(map(str, x)))
+def test_compiles_without_spills(values, tmp_path):
+    check(tmp_path, *values)
+
+
+WIDTHS = ((64, 64), (96, 96), (128, 128), (128, 64), (256, 256))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", list(FEATURES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("arch", list(SHARED_KB))
+def test_full_matrix(arch, kernel, widths, dtype, features, tmp_path):
+    check(tmp_path, kernel, arch, dtype, *widths, features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("DV", (64, 96, 256))
+@pytest.mark.parametrize("arch", list(SHARED_KB))
+def test_delta(arch, DV, dtype, tmp_path):
+    check(tmp_path, "delta", arch, dtype, DV, DV, "full")
+
+
+def test_no_size_or_hyper_parameter_is_a_constant():
+    """A constant would recompile for each length, scale or window; so would specialising on a size being 1 or 16 n."""
+    for kernel in (*KERNELS.values(), cuda.delta_kernel):
+        constants = {p.name for p in kernel.params if p.is_constexpr}
+        assert all(x.isupper() and x.startswith(("HAS_", "BLOCK", "PADDED")) for x in constants), constants
+        numbers = [p for p in kernel.params if p.name in NUMBERS or p.name.endswith(("_stride", "_head"))]
+        assert numbers and all(p.do_not_specialize for p in numbers), kernel.fn.__name__
+
+
+def test_sizes_are_found_for_every_width_and_part():
+    for arch in (*SHARED_KB, "sm_86", "sm_89", "sm_103", "gfx90a"):
+        for kernel in KERNELS:
+            for dtype in DTYPES.values():
+                for D in (8, 40, 64, 72, 96, 192, 256):
+                    chosen = cuda.sizes(kernel, dtype, D, D, False, arch)
+                    assert chosen["BLOCK_D"] >= D and chosen["BLOCK_D"] == triton.next_power_of_2(max(16, D))

@@ -98,7 +98,9 @@ def check(lengths, options, lengths_k=None, heads=2, kv_heads=1, D=64, DV=None, 
         chance = unit * b.norm().item() * min(1.0, 32 / max(b.numel(), 1) ** 0.5)
         error, allowed = (a.double() - b).norm().item(), (c.double() - b).norm().item()
         # dq of a query with one key is a difference of two equal fp32 sums: 2e-7 is their rounding, per value
-        assert error <= allowed + chance + 2e-7 * a.numel() ** 0.5, f"{name} (seed {seed}): {error} > {allowed} + {chance}"
+        assert error <= allowed + chance + 2e-7 * a.numel() ** 0.5, (
+            f"{name} (seed {seed}): {error} > {allowed} + {chance}"
+        )
     return got
 
 
@@ -162,7 +164,14 @@ def documents_without_keys_or_queries(options):
                      ours(alone, up[3:7], [4], [4], options)[:4])  # fmt: skip
 
 
-SHAPES = ((2, 2, 64, 64), (3, 1, 96, 96), (8, 1, 16, 128), (3, 1, 128, 64), (1, 1, 256, 256), (2, 2, 20, 5))  # heads, D, Dv
+SHAPES = (
+    (2, 2, 64, 64),
+    (3, 1, 96, 96),
+    (8, 1, 16, 128),
+    (3, 1, 128, 64),
+    (1, 1, 256, 256),
+    (2, 2, 20, 5),
+)  # heads, D, Dv
 
 
 @case("shapes", *((s, torch.bfloat16) for s in SHAPES), (SHAPES[0], torch.float16), (SHAPES[0], torch.float32))
