@@ -160,8 +160,8 @@ def forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """What: out of a block of queries of one head, and of each row the maximum and log2 of the sum of powers. Replaces: two products and a softmax.
-    Why: see the file; a sink is where the running maximum and sum begin, so it costs nothing.
+    """What: out of a block of queries of one head; the maximum and log2 of the sum of powers of each row.
+    Replaces: two products and a softmax. Why: see the file; a sink is where the running maximum and sum begin, so it costs nothing.
     """
     head = tl.program_id(1).to(tl.int64)
     i, first, q_len, block = locate(offsets_q, tl.program_id(0), documents, steps, BLOCK_M)
