@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("triton_attention_interpreted.py")
-CASES = {"options": 20, "shapes": 20, "random": 6, "more": 34, "shipped": 10}  # how many have to report
+CASES = {"options": 20, "shapes": 19, "random": 6, "more": 34, "shipped": 10}  # how many have to report
 SLOW = ("more", "shipped")
 
 
