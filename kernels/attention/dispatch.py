@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 from functools import lru_cache
@@ -28,6 +29,38 @@ def _flash_attn():
 
 
 @lru_cache(maxsize=1)
+def _flash_attn_3():
+    """flash-attn 3's varlen function (Hopper), or why it cannot be used."""
+    return _for_capability("flash_attn_interface", "flash-attn 3", (9,))
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_4():
+    """flash-attn 4's varlen function (Hopper and datacenter Blackwell), or why it cannot be used."""
+    return _for_capability("flash_attn.cute", "flash-attn 4", (9, 10))
+
+
+def _for_capability(module: str, name: str, majors: tuple[int, ...]):
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() and not torch.version.hip else 0
+    if major not in majors:
+        return None, f"{name}: not for this device"
+    try:
+        return importlib.import_module(module).flash_attn_varlen_func, name
+    except Exception as error:  # its build for another torch or CUDA fails in many ways
+        return None, f"{name}: {error}"
+
+
+@lru_cache(maxsize=1)
+def _triton():
+    """Our Triton kernels' varlen function, or why it is not here."""
+    try:
+        from longtrace.kernels.attention.cuda import varlen_attention as function
+    except ImportError as error:
+        return None, f"triton: {error}"
+    return function, "our Triton kernels"
+
+
+@lru_cache(maxsize=1)
 def _torch_varlen():
     """torch's varlen function, or why it cannot be used."""
     try:
@@ -41,8 +74,19 @@ def _torch_varlen():
     return varlen_attn, f"torch {torch.__version__} varlen_attn"
 
 
-def choose(device: str, dtype: torch.dtype, softcap: bool = False, sinks: bool = False) -> tuple[str, str]:
-    """(backend, reason) for tensors on `device`: "flash_attn", "torch_varlen", "tiles" (C++), "documents" (SDPA each)."""
+def choose(
+    device: str,
+    dtype: torch.dtype,
+    softcap: bool = False,
+    sinks: bool = False,
+    window: bool = False,
+    widths: tuple[int, int] = (64, 64),
+) -> tuple[str, str]:
+    """(backend, reason) for tensors on `device`; `window`: one is set; `widths`: the head dims of keys and values.
+
+    "tiles" (our C++ on the CPU), "flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "triton" (ours) or
+    "documents" (SDPA per document).
+    """
     if device == "cpu":
         if not extension.LOADED:
             return "documents", f"SDPA per document: {extension.WHY}"
@@ -51,19 +95,33 @@ def choose(device: str, dtype: torch.dtype, softcap: bool = False, sinks: bool =
         return "tiles", f"C++ {torch.ops.longtrace.cpu_capability()}, same bits for any number of threads"
     if device != "cuda":
         return "documents", f"SDPA per document: packed kernels need CUDA, this is {device}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "documents", f"SDPA per document: packed kernels take bf16 and fp16, this is {dtype}"
-    if sinks:
-        return "documents", "plain maths per document: packed kernels take no attention sinks"
-    function, why_flash = _flash_attn()
+    D, DV = widths
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "documents", f"SDPA per document: packed kernels take bf16, fp16 and fp32, this is {dtype}"
+    if dtype == torch.float32:
+        lacking = "the libraries' kernels take bf16 and fp16, this is torch.float32"
+    elif sinks:
+        lacking = "the libraries' packed kernels are not used with attention sinks"
+    elif D != DV or D % 8:
+        lacking = f"the libraries' kernels take equal head dims, multiples of 8, not {D} and {DV}"
+    else:
+        function, why_4 = _flash_attn_4()
+        if function is not None and not (softcap or window) and D <= 128:  # what its backward is known to serve
+            return "flash_attn_4", why_4
+        function, why_3 = _flash_attn_3()
+        if function is not None:
+            return "flash_attn_3", why_3
+        function, why_flash = _flash_attn()
+        if function is not None:
+            return "flash_attn", why_flash
+        function, why_torch = _torch_varlen()
+        if function is not None and not softcap:
+            return "torch_varlen", f"{why_torch} ({why_flash})"
+        lacking = f"{why_flash}; " + ("torch's packed kernel takes no softcap" if function is not None else why_torch)
+    function, why = _triton()
     if function is not None:
-        return "flash_attn", why_flash
-    if softcap:
-        return "documents", f"plain maths per document: torch's packed kernel takes no softcap ({why_flash})"
-    function, why_torch = _torch_varlen()
-    if function is not None:
-        return "torch_varlen", f"{why_torch} ({why_flash})"
-    return "documents", f"SDPA per document: {why_flash}; {why_torch}"
+        return "triton", f"{why}: {lacking}"
+    return "documents", f"{'plain maths' if softcap or sinks else 'SDPA'} per document: {lacking}; {why}"
 
 
 def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
@@ -139,7 +197,9 @@ def varlen_attention(
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     window = (-1, -1) if window is None else (int(window[0]), int(window[1]))
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    backend, _ = choose(q.device.type, q.dtype, softcap is not None, sinks is not None)
+    backend, _ = choose(
+        q.device.type, q.dtype, softcap is not None, sinks is not None, window != (-1, -1), (q.shape[2], v.shape[2])
+    )
     if backend in ("documents", "tiles") or not q.shape[0] or not k.shape[0]:
         starts_q = _starts("cu_seqlens", cu_seqlens, q.shape[0])
         starts_k = starts_q if cu_seqlens_k is cu_seqlens else _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
@@ -148,13 +208,35 @@ def varlen_attention(
     if max_seqlen_k is None:
         raise ValueError("max_seqlen_k is needed with cu_seqlens_k")
     offsets_q, offsets_k = (x.to(device=q.device, dtype=torch.int32) for x in (cu_seqlens, cu_seqlens_k))
-    if backend == "flash_attn":
-        return _flash_attn()[0](
+    if backend == "triton":
+        return _triton()[0](q, k, v, offsets_q, offsets_k, causal, scale, window, softcap, sinks)
+    if backend == "flash_attn_4":
+        return _flash_4(q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k), scale, causal)
+    if backend in ("flash_attn", "flash_attn_3"):
+        function = (_flash_attn if backend == "flash_attn" else _flash_attn_3)()[0]
+        out = function(
             q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k),
             softmax_scale=scale, causal=causal, window_size=window, softcap=softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out  # early builds of flash-attn 3 return the lse too
     return _torch_varlen()[0](
         q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k),
         scale=scale, window_size=(window[0], 0) if causal else window, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+
+
+def _flash_4(q, k, v, offsets_q, offsets_k, max_q: int, max_k: int, scale: float, causal: bool) -> Tensor:
+    """flash-attn 4 by keywords: its order of arguments, and whether it takes the lengths, differ between releases."""
+    function = _flash_attn_4()[0]
+    optional = {
+        "max_seqlen_q": max_q,
+        "max_seqlen_k": max_k,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    known = inspect.signature(function).parameters
+    out = function(
+        q, k, v, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, softmax_scale=scale, causal=causal,
+        **{name: value for name, value in optional.items() if name in known},
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out

@@ -148,4 +148,36 @@ def test_the_choice_of_a_backend_has_a_reason():
     assert "fp32" in choose("cuda", torch.float32)[1] or "float32" in choose("cuda", torch.float32)[1]
     assert "sinks" in choose("cuda", torch.bfloat16, sinks=True)[1]
     backend, why = choose("cuda", torch.bfloat16)
-    assert backend in ("flash_attn", "torch_varlen", "documents") and why
+    assert backend in ("flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "triton", "documents") and why
+
+
+def test_the_triton_kernels_serve_what_libraries_lack(monkeypatch):
+    from longtrace.kernels.attention import dispatch
+
+    here = lambda: (print, "here")  # noqa: E731
+    away = lambda: (None, "away")  # noqa: E731
+
+    def pick(four, three, two, torchs, ours, *args, **options):
+        for name, function in zip(
+            ("_flash_attn_4", "_flash_attn_3", "_flash_attn", "_torch_varlen", "_triton"),
+            (four, three, two, torchs, ours),
+        ):
+            monkeypatch.setattr(dispatch, name, function)
+        backend, why = choose("cuda", *args, **options)
+        assert why
+        return backend
+
+    bf16 = torch.bfloat16
+    assert pick(here, here, here, here, here, bf16) == "flash_attn_4"
+    assert pick(here, here, here, here, here, bf16, window=True) == "flash_attn_3"
+    assert pick(here, away, here, here, here, bf16, softcap=True) == "flash_attn"
+    assert pick(here, away, here, here, here, bf16, widths=(256, 256)) == "flash_attn"
+    assert pick(away, away, away, here, here, bf16) == "torch_varlen"
+    assert pick(away, away, away, here, here, bf16, softcap=True) == "triton"
+    assert pick(away, away, away, away, here, bf16) == "triton"
+    for options in ({"sinks": True}, {"widths": (64, 32)}, {"widths": (20, 20)}):
+        assert pick(here, here, here, here, here, bf16, **options) == "triton"
+        assert pick(here, here, here, here, away, bf16, **options) == "documents"
+    assert pick(here, here, here, here, here, torch.float32) == "triton"
+    assert pick(here, here, here, here, here, torch.float64) == "documents"
+    assert pick(away, away, away, here, away, bf16, softcap=True) == "documents"
