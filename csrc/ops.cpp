@@ -1,72 +1,19 @@
 // The torch ops of longtrace through LibTorch's stable ABI: one binary serves torch 2.11 and later, any Python.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <algorithm>
-#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu/head.h"
+#include "ops.h"
 
 namespace longtrace {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::fp32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    default: STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
-  }
-}
-
-Matrix matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), name, " must be a matrix of dense rows");
-  return {x.const_data_ptr(), dtype_of(x, name), x.stride(0)};
-}
-
-const float* vector(const Tensor& x, int64_t size, const char* name) {
-  STD_TORCH_CHECK(
-      x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name,
-      " must be a contiguous fp32 vector of ", size);
-  return x.const_data_ptr<float>();
-}
-
-const float* vector(const std::optional<Tensor>& x, int64_t size, const char* name) {
-  return x ? vector(*x, size, name) : nullptr;
-}
-
-const int64_t* indices(const Tensor& x, int64_t size, int64_t limit, const char* name) {
-  STD_TORCH_CHECK(
-      x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Long && x.is_contiguous(), name,
-      " must be a contiguous int64 vector of ", size);
-  const int64_t* at = x.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < size; ++i)
-    STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, name, " ", at[i], " is not in [0, ", limit, ")");
-  return at;
-}
-
-// Pieces are handed out as threads come free: cores that share their time with others do less, results do not change.
-void for_each(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  const int64_t piece = std::max<int64_t>(1, count / (16 * std::max<int64_t>(threads, 1)));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(piece); i < count; i = next.fetch_add(piece)) f(i, std::min(i + piece, count));
-  });
-}
 
 struct Call {
   const TileKernels& k;

@@ -12,6 +12,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 OPS = ("head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max")
+OPS += ("rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward")  # their fakes: layers/native.py
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 if os.environ.get("LONGTRACE_CPU_CAPABILITY", "baseline") not in CAPABILITIES:
