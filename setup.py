@@ -22,7 +22,7 @@ UNITS = {  # one instruction set each, chosen at run time; never -march=native
     "avx512_bf16": AVX512_BF16,
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
-LAYER_UNITS = ("baseline", "avx2", "avx512")  # bound by memory: narrower operands would gain nothing
+LAYER_UNITS = [unit for unit in UNITS if unit != "amx"]  # no products in them
 FLAGS = {f"csrc/cpu/{kind}_{unit}.cpp": flags for unit, flags in UNITS.items() for kind in ("tile", "layers")}
 COMMON = [
     "-O3",

@@ -28,7 +28,9 @@ const void* checked_weight(const Tensor& weight, Dtype dtype, int64_t H) {
 }
 
 Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns}, like.scalar_type());
+  Tensor out = torch::stable::new_empty(like, {rows, columns}, like.scalar_type());
+  ask_huge_pages(out);
+  return out;
 }
 
 // (y, x + residual or empty, 1 / rms of each row in fp32); x and residual (n, H).
@@ -92,6 +94,7 @@ Rope rope_call(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t ro
   STD_TORCH_CHECK(width == rotary_dim || width == half, "cos and sin must have rotary_dim columns, or half as many");
   const Matrix c = checked(cos, dtype, x.size(0), width, "cos"), s = checked(sin, dtype, x.size(0), width, "sin");
   y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  ask_huge_pages(y);
   return {
       dtype, x.size(1), x.size(2), half, x.const_data_ptr(), c.data, s.data, x.stride(0), x.stride(1), c.stride, s.stride,
       width == rotary_dim ? half : 0, backward, y.mutable_data_ptr()};

@@ -60,7 +60,7 @@ struct LayerKernels {
   void (*glu_backward)(const Glu&, int64_t begin, int64_t end);
 };
 
-extern const LayerKernels layers_baseline, layers_avx2, layers_avx512;
+extern const LayerKernels layers_baseline, layers_avx2, layers_avx512, layers_avx512_bf16;
 
 // The widest of this processor; LONGTRACE_CPU_CAPABILITY asks for narrower ones.
 const LayerKernels& layer_kernels();
