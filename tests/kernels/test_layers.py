@@ -18,7 +18,7 @@ from longtrace.kernels.layers import dispatch, native, reference
 
 EPS = 1e-5
 FUSED = (torch.bfloat16, torch.float32)
-SHAPES = ((0, 16), (1, 1), (1, 576), (70, 33), (300, 100), (2, 9, 48), (3, 2, 0, 8))
+SHAPES = ((0, 16), (64, 1), (1, 576), (70, 33), (300, 100), (2, 9, 48), (3, 2, 0, 8))
 built = pytest.mark.skipif(not extension.LOADED, reason=extension.WHY)
 
 
