@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(
   Tensor y = new_matrix(x, n, H), sum = new_matrix(x, residual ? n : 0, H);
   Tensor scale = torch::stable::new_empty(x, {n}, ScalarType::Float);
   const RmsNorm call{
-      dtype, H, float(eps), float(offset), a.data, b.data, checked_weight(weight, dtype, H), a.stride, b.stride,
+      dtype, H, eps, float(offset), a.data, b.data, checked_weight(weight, dtype, H), a.stride, b.stride,
       y.mutable_data_ptr(), sum.mutable_data_ptr(), scale.mutable_data_ptr<float>()};
   const LayerKernels& k = layer_kernels();
   for_each(n, [&](int64_t begin, int64_t end) { k.rms_norm(call, begin, end); });

@@ -9,7 +9,8 @@ namespace longtrace {
 struct RmsNorm {
   Dtype dtype;
   int64_t H;
-  float eps, offset;  // offset 0: x / rms is rounded to `dtype` before the weight (Llama); else rounded once (Gemma)
+  double eps;
+  float offset;  // offset 0: x / rms is rounded to `dtype` before the weight (Llama); else rounded once (Gemma)
   const void* x;
   const void* residual;  // null, or added to x first: `sum` keeps what is normalised
   const void* weight;
