@@ -22,7 +22,8 @@ UNITS = {  # one instruction set each, chosen at run time; never -march=native
     "avx512_bf16": AVX512_BF16,
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
-FLAGS = {f"csrc/cpu/tile_{unit}.cpp": flags for unit, flags in UNITS.items()}
+LAYER_UNITS = [unit for unit in UNITS if unit != "amx"]  # no products in them
+FLAGS = {f"csrc/cpu/{kind}_{unit}.cpp": flags for unit, flags in UNITS.items() for kind in ("tile", "layers")}
 COMMON = [
     "-O3",
     "-g0",
@@ -48,12 +49,15 @@ def extensions() -> list[Extension]:
         Extension(
             "longtrace.kernels._C",
             [
-                "csrc/ops.cpp",
+                "csrc/head_ops.cpp",
                 "csrc/attention_ops.cpp",
                 "csrc/cpu/attention.cpp",
+                "csrc/layer_ops.cpp",
                 "csrc/cpu/head.cpp",
+                "csrc/cpu/layers.cpp",
                 "csrc/cpu/tile.cpp",
                 *(f"csrc/cpu/tile_{unit}.cpp" for unit in units),
+                *(f"csrc/cpu/layers_{unit}.cpp" for unit in units if unit in LAYER_UNITS),
             ],
             depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
             include_dirs=include_paths(),

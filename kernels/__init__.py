@@ -31,17 +31,25 @@ else:
         linear_weighted_nll,
         plan_chunks,
     )
+    from longtrace.kernels.layers import geglu, patch, patched, rms_norm, rope, swiglu, unpatch
     from longtrace.kernels.packing import pack
 
     __version__ = version("longtrace")
     __all__ = [
         "LogProbs",
         "explain",
+        "geglu",
         "linear_cross_entropy",
         "linear_log_prob",
         "linear_weighted_nll",
         "pack",
+        "patch",
+        "patched",
         "plan_chunks",
         "register_attention",
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "unpatch",
         "varlen_attention",
     ]

@@ -6,6 +6,7 @@ import torch
 
 from longtrace.kernels.attention.dispatch import choose
 from longtrace.kernels.head import backend as head
+from longtrace.kernels.layers import dispatch as layers
 from longtrace.kernels.packing import dispatch as packing
 
 
@@ -17,6 +18,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("pack", packing.BACKEND, packing.WHY),
         ("head", *head.describe(device)),
         ("varlen_attention", *attention),
+        ("layers", *layers.choose(device, torch.bfloat16)),
     ]
 
 

@@ -1,10 +1,6 @@
 // The torch ops of the vocabulary head.
 #include "ops.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <string>
 #include <tuple>
 
@@ -49,12 +45,7 @@ void* checked_g(const std::optional<Tensor>& g, const Call& c) {
 Tensor head_buffer(const Tensor& weight, int64_t n) {
   const TileKernels& k = tile_kernels(dtype_of(weight, "weight"));
   Tensor g = torch::stable::new_empty(weight, {weight.size(0), head::row_stride(n)}, operand_type(k));
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(g.mutable_data_ptr()), first = (begin + page - 1) / page * page;
-  const uintptr_t end = (begin + size_t(g.numel()) * (k.bf16 ? 2 : 4)) / page * page;
-  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
+  ask_huge_pages(g);
   return g;
 }
 

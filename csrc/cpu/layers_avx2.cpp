@@ -1,0 +1,11 @@
+#include "layers.h"
+
+#include <cmath>
+
+#include "vec.inc"
+
+#include "layers.inc"
+
+namespace longtrace {
+const LayerKernels layers_avx2 = {"avx2", rms_norm, rms_norm_backward, rope, glu, glu_backward};
+}
