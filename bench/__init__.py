@@ -13,6 +13,7 @@ from longtrace.trainer.config import Refusal
 BENCHES = {
     "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
     "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
+    "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -22,7 +23,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, head, experiments/compressed_sft."""
+    """Which one: sft_throughput, head, attention, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -44,7 +45,8 @@ class BenchConfig:
     impls: list[str] | None = None
     """Implementations to time (none = all that are installed)."""
     inputs: list[str] | None = None
-    """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow)."""
+    """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow).
+    Of attention: one:T, mix:T (60 short documents and a long one), FILE.npz:T (real `lengths`)."""
 
 
 def bench(config: BenchConfig) -> None:

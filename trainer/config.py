@@ -59,7 +59,7 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; the trained weights are fp32 masters either way."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute layers in the backward; auto = when activations would take over 1 GB and outweigh weights and optimizer state."""
+    """Recompute layers but for their attention in the backward; auto = when activations would take over 1 GB and outweigh weights and optimizer state."""
     head_budget_mb: int = 0
     """Largest block of logits held at once, in MB (0 = the planner's choice)."""
     head_grad: Literal["exact", "compressed"] = "exact"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,10 +23,17 @@ from transformers import (
 from longtrace import kernels as K
 
 from .config import Refusal, TrainConfig
+from .environment import return_freed_memory
 from .rope import extend_rope
 from .source import IGNORE, PackedBatch
 
 SAFE = {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from a model folder
+ATTENTION_OPS = {  # forwards that activation checkpointing keeps; others (Triton, SDPA) are recomputed
+    "longtrace::attention_forward",
+    "longtrace::rehearsed_attention",
+    "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -93,6 +101,7 @@ def load_model(config: TrainConfig) -> Model:
     unsuitable model folder.
     """
     torch.manual_seed(config.seed)  # adapters are drawn here
+    return_freed_memory()
     tokenizer = load_tokenizer(config.model)
     with _refusing(config.model, "model"):
         hf_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
@@ -116,9 +125,16 @@ def load_model(config: TrainConfig) -> Model:
         )
     if config.lora_rank:
         hf = add_lora(hf, config)
+    fuse_layers(hf)
     hf.to(choose_device(config.device))
     hf.train()
     return Model(hf, tokenizer, config.model, bool(config.lora_rank), rope)
+
+
+def fuse_layers(hf: PreTrainedModel) -> None:
+    """Fused norms, gated activations and rotary embeddings where the model's family is known; others stay as they are."""
+    with contextlib.suppress(ValueError):  # nothing to replace
+        K.patch(hf, attention=False)
 
 
 def load_trained(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -202,10 +218,21 @@ def check_model(model: Model) -> None:
 
 
 def checkpoint_activations(model: Model) -> None:
-    """Recompute each layer in the backward: what is kept is one (T, H) input a layer."""
+    """Recompute each layer in the backward but for its attention; kept are a layer's input and attention output.
+
+    At long lengths attention is most of a layer's FLOPs and its output a thirtieth of what the layer saves.
+    """
     # transformers renamed it in 5.23
     enable = getattr(model.base, "activation_checkpointing_enable", model.base.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": _contexts})
+
+
+def _contexts():
+    return create_selective_checkpoint_contexts(_keep_attention)
+
+
+def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def add_lora(hf: PreTrainedModel, config: TrainConfig):

@@ -17,18 +17,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
+from longtrace.kernels import varlen_attention
+from longtrace.kernels.attention.dispatch import choose as choose_attention
 from longtrace.kernels.head.plan import plan_chunks
+from longtrace.kernels.layers.dispatch import choose as choose_layers
 
 from .config import TrainConfig
 from .environment import memory_bytes
-from .model import DTYPES, Model, add_lora, checkpoint_activations
+from .model import DTYPES, Model, add_lora, checkpoint_activations, fuse_layers
 
 GB = 1e9
 PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 0.6e9}  # Python with torch and transformers imported; a CUDA context
@@ -112,13 +114,24 @@ class _Alive(TorchDispatchMode):
         return out
 
 
+# An op, so that activation checkpointing can keep what it returns as it keeps a real attention's.
+_library = torch.library.Library("longtrace", "FRAGMENT")
+_library.define("rehearsed_attention(Tensor q, Tensor v) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "rehearsed_attention", "Meta")
+def _rehearsed_attention(q, v):
+    sums = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)  # log-sums and maxima
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), sums
+
+
 class _FlashAttention(torch.autograd.Function):
-    """Keeps what flash attention keeps: q, k, v, the output and a log-sum-exp per row and head."""
+    """Keeps what flash attention keeps: q, k, v, the output and the sums of a row and head."""
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        out, sums = torch.ops.longtrace.rehearsed_attention(q, v)
+        ctx.save_for_backward(q, k, v, out, sums)
         return out
 
     @staticmethod
@@ -149,7 +162,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     return _FlashAttention.apply(query, key, value), None
 
 
-def _shapes(hf: PretrainedConfig, config: TrainConfig, checkpointing: bool) -> Model:
+def _shapes(hf: PretrainedConfig, config: TrainConfig, checkpointing: bool, device: str = "cpu") -> Model:
     """The run's model on the meta device."""
     AttentionInterface.register("longtrace_rehearsal", _attention)
     with torch.device("meta"):
@@ -158,6 +171,8 @@ def _shapes(hf: PretrainedConfig, config: TrainConfig, checkpointing: bool) -> M
         )
         if config.lora_rank:
             net = add_lora(net, config)
+    if choose_layers(device, DTYPES[config.dtype])[0] != "PyTorch":
+        fuse_layers(net)
     model = Model(net.train(), None, config.model, bool(config.lora_rank), "")
     for parameter in net.parameters():  # peft makes its adapters in fp32; the run computes in one dtype
         parameter.data = parameter.data.to(DTYPES[config.dtype])
@@ -203,7 +218,7 @@ def plan_memory(
     Weights are held in the compute dtype (2 bytes a parameter in bf16), fp32 masters (4; in fp32 the weights are their
     own), fp32 gradients (4) and optimizer state (8, or 2 in 8 bits) of the trained ones. `model`: a `_shapes` to reuse.
     """
-    model = model or _shapes(hf, config, checkpointing)
+    model = model or _shapes(hf, config, checkpointing, device)
     dtype = DTYPES[config.dtype]
     total = sum(p.numel() for p in model.hf.parameters())
     trained = sum(p.numel() for p in model.hf.parameters() if p.requires_grad)
@@ -266,8 +281,9 @@ def flops(model: Model, lengths: Sequence[int], *, supervised: float = 1.0) -> t
         reach = n.clamp(max=text.sliding_window) if kind == "sliding_attention" and text.sliding_window else n
         pairs += float((reach * (n - reach / 2)).sum() / n.sum())
     attention = 12 * width * pairs
-    recompute = sum(2 * w.numel() for w in linear) + attention / 3
-    return body + top, attention, recompute
+    backend, _ = choose_attention(model.device.type, model.base.dtype)  # checkpointing keeps what an op returned
+    kept = backend in ("tiles", "flash_attn", "torch_varlen")
+    return body + top, attention, sum(2 * w.numel() for w in linear) + attention / 3 * (not kept)
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
@@ -286,12 +302,13 @@ def _matmul_peak(dtype: torch.dtype, device: str, seconds: float) -> float:
 def measure_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> float:
     """FLOP/s of causal attention, forward and backward, on one document of 1,024 tokens (4,096 on CUDA)."""
     n = 4096 if device == "cuda" else 1024
-    q, k, v = (torch.ones(1, h, n, head_dim, dtype=dtype, device=device) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.ones(n, h, head_dim, dtype=dtype, device=device) for h in (heads, kv_heads, kv_heads))
+    offsets = torch.tensor([0, n], device=device)
     for t in (q, k, v):
         t.requires_grad_()
 
     def step():
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        out = varlen_attention(q, k, v, offsets, n)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     return 12 * heads * head_dim * n * n / 2 / _best_time(step, device, 0.3)
@@ -338,8 +355,7 @@ def estimate(
         with torch.autocast(device, enabled=False) if device == "cuda" else nullcontext():
             peak = measure_matmul_peak(dtype, device)
             rate = measure_attention(text.num_attention_heads, kv_heads, head_dim, dtype, device)
-        again = (recompute - attention / 3, attention / 3) if checkpointing else (0.0, 0.0)
-        seconds = (matmuls + again[0]) / peak + (attention + again[1]) / rate
+        seconds = (matmuls + recompute * checkpointing) / peak + attention / rate
     return Estimate(
         parameters=sum(p.numel() for p in model.hf.parameters()),
         trained=sum(p.numel() for p in model.hf.parameters() if p.requires_grad),
@@ -418,14 +434,9 @@ def _seconds(seconds: float) -> str:
 def _against(peak: float, device: torch.device) -> str:
     """What the device has, and a warning when the peak does not fit."""
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
-    more = (
-        ""
-        if device.type == "cuda"
-        else ", plus what the C allocator holds back (measured: a quarter at 2,048 tokens a row, as much again at 16,384)"
-    )
     if not has:
-        return more
-    return f" of {_gb(has)}{more}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
+        return ""
+    return f" of {_gb(has)}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
 
 
 def gpu_fit(hf: PretrainedConfig, config: TrainConfig, gigabytes: Sequence[int] = (24, 40, 80)) -> list[dict]:

@@ -142,19 +142,26 @@ std::vector<Item> items_of(const Problem& p, int64_t size) {
 void forward(const TileKernels& k, const Problem& p, void* out, float* reference_out, float* log_sum_out, const ForEach& for_each) {
   const std::vector<Item> items = items_of(p, kForwardRows), key_blocks = items_of(p, 0);
   const int64_t size = size_of(k), panels = kForwardRows / kPanel, q_panel = p.D * kPanel * size, sums = p.Dv * kPanel;
-  const int64_t ld = kKeys + kPanel, turned_block = p.Dv * ld * size;  // of the values of a block of keys and a kv head
-  std::vector<int64_t> first_block(size_t(p.documents), 0);            // of each document
-  for (int64_t n = int64_t(key_blocks.size()) - 1; n >= 0; --n) first_block[key_blocks[n].document] = n;
-  Buffer values = scratch(int64_t(key_blocks.size()) * p.kv_heads * turned_block);
+  // Values turned, a block of keys and a kv head at a time; rows of an odd number of panels spread over the cache's sets.
+  const auto stride = [](int64_t keys) { return round_up(keys, kPanel) | kPanel; };
+  std::vector<int64_t> first_block(size_t(p.documents), 0), turned_at;
+  int64_t turned_size = 0;
+  for (const Item& item : key_blocks) {
+    if (!item.block) first_block[item.document] = int64_t(turned_at.size());
+    turned_at.push_back(turned_size);
+    turned_size += p.kv_heads * p.Dv * stride(std::min(kKeys, Head(p, item.document, 0).keys - item.block * kKeys)) * size;
+  }
+  Buffer values = scratch(turned_size);
   for_each(int64_t(key_blocks.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const Item item = key_blocks[n / p.kv_heads];
       const Head head(p, item.document, n % p.kv_heads);
-      const int64_t start = item.block * kKeys, count = std::min(kKeys, head.keys - start);
+      const int64_t start = item.block * kKeys, count = std::min(kKeys, head.keys - start), ld = stride(count);
+      char* turned = values.get() + turned_at[n / p.kv_heads] + head.kv_head * p.Dv * ld * size;
       for (int64_t d = 0; d < p.Dv; d += kPanel)
         k.transpose(
             at(k, p.v, head.key(start) * p.Dv + d), p.kv_heads * p.Dv, count, round_up(count, kPanel),
-            values.get() + n * turned_block + d * ld * size, ld);
+            turned + d * ld * size, ld);
     }
   });
   for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
@@ -174,8 +181,8 @@ void forward(const TileKernels& k, const Problem& p, void* out, float* reference
       k.pack_transposed(picked(k, p.q, p.D, queries.where.data()), queries.rows, p.D, p.D, q_panels.get());
       const Range seen = head.sees(queries.begin, queries.begin + queries.rows);
       for (int64_t block = seen.first / kKeys * kKeys; block <= seen.last; block += kKeys) {
-        const int64_t stop = std::min(block + kKeys, head.keys);
-        const char* turned = values.get() + ((first_block[item.document] + block / kKeys) * p.kv_heads + head.kv_head) * turned_block;
+        const int64_t stop = std::min(block + kKeys, head.keys), ld = stride(stop - block);
+        const char* turned = values.get() + turned_at[first_block[item.document] + block / kKeys] + head.kv_head * p.Dv * ld * size;
         for (int64_t panel = 0; panel < queries.panels; ++panel) {
           const Visible visible(head, queries.begin + panel * kPanel, block, stop);
           if (visible.empty()) continue;
@@ -264,7 +271,8 @@ void backward(
   float* dq_sums = as_floats(dq_buffer);
 
   const std::vector<Item> items = items_of(p, 0);
-  for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
+  std::atomic<bool> failed{false};
+  const auto work = [&](int64_t begin, int64_t end) {
     const Session session(k);
     const int64_t panels = kBackwardRows / kPanel, ld = kBackwardRows | kPanel, ldk = kKeys + kPanel;
     Buffer keys_turned = scratch(p.D * ldk * size), q_turned = scratch(kBackwardRows * p.D * size), q_natural = scratch(kBackwardRows * p.D * size);
@@ -325,8 +333,10 @@ void backward(
         }
         std::atomic<int64_t>& now = turn[mine.block + b];
         const int64_t first_block = seen.first / kKeys;
-        for (int64_t spin = 0; item.block > first_block && now.load(std::memory_order_acquire) != item.block - 1; ++spin)
+        for (int64_t spin = 0; item.block > first_block && now.load(std::memory_order_acquire) != item.block - 1; ++spin) {
+          if (failed) return;
           if (spin > 100) std::this_thread::yield();
+        }
         for (int64_t panel = 0; panel < queries.panels; ++panel) {
           const Visible& see = visible[panel];
           float* sums = dq_sums + (mine.panel + b * panels + panel) * panel_sums;
@@ -350,6 +360,14 @@ void backward(
         for (int64_t d = 0; d < p.D; ++d) store(k, dk, key * p.D + d, p.scale * dk_sums[i * p.D + d]);
         for (int64_t d = 0; d < p.Dv; ++d) store(k, dv, key * p.Dv + d, dv_sums[i * p.Dv + d]);
       }
+    }
+  };
+  for_each(int64_t(items.size()) * p.kv_heads, [&](int64_t begin, int64_t end) {
+    try {
+      work(begin, end);
+    } catch (...) {  // who waits for this item's turn must not wait for ever
+      failed = true;
+      throw;
     }
   });
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longtrace.kernels.attention.triton_backward import delta_kernel, dk_dv_kernel, dq_kernel
 from longtrace.kernels.attention.triton_forward import forward_kernel
 from longtrace.kernels.head.triton_rows import FLOATS, launch
+from longtrace.kernels.once import refuse_double_backward
 
 WIDEST = 256  # head dim
 FAR = 2**30  # stands for an open side in sums of positions that fit 32 bits
@@ -111,7 +111,8 @@ class Attention(torch.autograd.Function):
         q, k, v = wide_rows(q), wide_rows(k), wide_rows(v)
         (T, heads, D), DV = q.shape, v.shape[2]
         out = q.new_zeros(T, heads, DV)  # tokens after the last offset, should there be any, read 0
-        stats = q.new_empty(2, heads, T, dtype=torch.float32)
+        stats = q.new_zeros(2, heads, T, dtype=torch.float32)  # a log-sum of inf: p = 0 there in the backward too
+        stats[1] = float("inf")
         ctx.options = (scale, left, right, softcap)
         arguments, flags = _arguments(q, k, v, offsets_q, *ctx.options)
         config = sizes("forward", q.dtype, D, DV, softcap is not None, _arch(q.device))
@@ -124,8 +125,8 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out):
+        refuse_double_backward("varlen_attention")
         q, k, v, sinks, offsets_q, offsets_k, out, stats = ctx.saved_tensors
         scale, left, right, softcap = ctx.options
         (T, heads, D), DV = q.shape, v.shape[2]

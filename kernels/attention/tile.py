@@ -7,12 +7,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longtrace.kernels import extension
+from longtrace.kernels.once import refuse_double_backward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTH = 32  # head dims are whole panels
+FAR = 2**40  # beyond any document: positions plus it do not overflow
 
 
 def varlen_attention(
@@ -34,11 +35,17 @@ def varlen_attention(
     """
     width, dtype = v.shape[2], q.dtype
     native = torch.bfloat16 if extension.BF16_OPERANDS and dtype == torch.bfloat16 else torch.float32
-    q, k, v = (F.pad(x, (0, -x.shape[2] % WIDTH)).to(native).contiguous() for x in (q, k, v))
-    starts = (torch.tensor(starts_q), torch.tensor(starts_k))
+    q, k, v = (_whole_panels(x.to(native)).contiguous() for x in (q, k, v))
+    starts = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (starts_q, starts_k)]
+    window = tuple(min(side, FAR) for side in window)
     sinks = None if sinks is None else sinks.float().contiguous()
     out = TileAttention.apply(q, k, v, sinks, *starts, scale, softcap or 0.0, causal, *window)
     return out[..., :width].to(dtype)
+
+
+def _whole_panels(x: Tensor) -> Tensor:
+    short = -x.shape[2] % WIDTH
+    return F.pad(x, (0, short)) if short else x  # padding by nothing would copy
 
 
 class TileAttention(torch.autograd.Function):
@@ -52,8 +59,8 @@ class TileAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_double_backward("varlen_attention")
         q, k, v, sinks, starts_q, starts_k, out, reference, log_sum = ctx.saved_tensors
         dq, dk, dv, delta = torch.ops.longtrace.attention_backward(
             grad.contiguous(), q, k, v, out, reference, log_sum, starts_q, starts_k, *ctx.how

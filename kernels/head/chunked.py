@@ -18,6 +18,7 @@ from longtrace.kernels.head.engine import Forward, Matrix, put_targets
 from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform, compute_dtype
 from longtrace.kernels.head.tail import Coefficients, Rows, fill
+from longtrace.kernels.once import refuse_double_backward
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        _refuse_double_backward()
+        refuse_double_backward("the vocabulary head")
         grads = []
         for i, saved in enumerate(ctx.saved_tensors):
             if saved is None or upstream is None:
@@ -232,12 +233,6 @@ class WeightedLoss(torch.autograd.Function):
             else:  # scaled out of place (the graph may be used again) and rounded once
                 grads.append(_scaled(saved, upstream, ctx.dtype))
         return (*grads, *(None,) * 7)
-
-
-def _refuse_double_backward() -> None:
-    """Raise under create_graph=True; torch's once_differentiable would let a gradient penalty pass as a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("longtrace head ops are differentiable once: create_graph=True is not supported")
 
 
 def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -310,7 +305,7 @@ class TokenValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_log_prob, g_entropy, g_lse, g_smooth, _):
-        _refuse_double_backward()
+        refuse_double_backward("the vocabulary head")
         input, weight, bias, target, class_weight, maximum, log_sum, log_prob, slope, entropy = ctx.saved_tensors
         loss = ctx.loss
         upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]

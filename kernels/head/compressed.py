@@ -19,7 +19,6 @@ from longtrace.kernels.head.chunked import (
     Chunk,
     Loss,
     Walk,
-    _refuse_double_backward,
     elementwise_gradient,
     smooth_values,
     total_weight,
@@ -44,6 +43,7 @@ from longtrace.kernels.head.tail import (
     tail_terms,
     target_values,
 )
+from longtrace.kernels.once import refuse_double_backward
 
 TOGETHER = 256  # profiles whose share of dH and dW is added in one product
 
@@ -264,7 +264,7 @@ class TokenValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_log_prob, g_entropy, g_lse, g_smooth, _):
-        _refuse_double_backward()
+        refuse_double_backward("the vocabulary head")
         input, weight, bias, target, class_weight, maximum, log_sum, log_prob, entropy, *saved = ctx.saved_tensors
         upstream = [g for g in (g_log_prob, g_entropy, g_lse, g_smooth) if g is not None]
         if not upstream:

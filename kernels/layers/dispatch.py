@@ -15,7 +15,7 @@ def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, why) for tensors of `dtype` on `device`."""
     if dtype not in DTYPES:
         return "PyTorch", f"{str(dtype).removeprefix('torch.')} is served by PyTorch; fused: bfloat16 and float32"
-    if device == "cpu":
+    if device in ("cpu", "meta"):  # shapes alone, to plan memory with
         return ("C++", extension.WHY) if extension.LOADED else ("PyTorch", extension.WHY)
     if device != "cuda":
         return "PyTorch", f"no fused kernels for {device}"

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from longtrace.kernels.layers.native import refuse_double_backward
+from longtrace.kernels.once import refuse_double_backward
 
 FOUND = importlib.util.find_spec("liger_kernel") is not None
 
@@ -41,7 +41,7 @@ class Rope(torch.autograd.Function):
     def backward(ctx, dq, dk):
         from liger_kernel.ops.rope import rope_backward
 
-        refuse_double_backward()
+        refuse_double_backward("rope")
         return *_in_place(rope_backward, dq, dk, *ctx.saved_tensors), None, None
 
 
@@ -73,6 +73,6 @@ class Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_double_backward()
+        refuse_double_backward("swiglu or geglu")
         gate, up = ctx.saved_tensors
         return *_glu_kernels(ctx.gelu)[1](gate.clone(), up.clone(), dy.contiguous()), None

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from longtrace.kernels import extension
-
-
-def refuse_double_backward() -> None:
-    """Raise under create_graph=True; torch's once_differentiable would let a gradient penalty pass as a constant."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("longtrace layer ops are differentiable once: create_graph=True is not supported")
+from longtrace.kernels.once import refuse_double_backward
 
 
 def dense(x: Tensor) -> Tensor:
@@ -35,7 +30,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dtotal=None):
-        refuse_double_backward()
+        refuse_double_backward("rms_norm")
         x, scale, weight = ctx.saved_tensors
         if dy is None:
             return dtotal, dtotal, None, None, None
@@ -57,7 +52,7 @@ class Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk):
-        refuse_double_backward()
+        refuse_double_backward("rope")
         cos, sin = ctx.saved_tensors
         dq, dk = torch.ops.longtrace.rope(dense(dq), dense(dk), cos, sin, ctx.rotary_dim, True)
         return dq, dk, None, None, None
@@ -74,7 +69,7 @@ class Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_double_backward()
+        refuse_double_backward("swiglu or geglu")
         gate, up = ctx.saved_tensors
         return *torch.ops.longtrace.glu_backward(dense(dy), gate, up, ctx.gelu), None
 

@@ -69,7 +69,7 @@ def patch(model: nn.Module, *, attention: bool = True) -> nn.Module:
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`: every module its own class again, every config its own attention. Returns the model."""
     for module in model.modules():
-        if _is_patched(module):
+        if "_longtrace_kind" in vars(type(module)):  # not a class that something else has put on top since
             module.__class__ = type(module)._longtrace_original
         for config, implementation in module.__dict__.pop("_longtrace_attention", ()):
             config._attn_implementation_internal = implementation
@@ -194,7 +194,12 @@ def _layer_forward(original: type, kind: str):
         residual = hidden_states
         kwargs = {**defaults, **dict(zip(names, args)), **kwargs}
         hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        norm = self.post_attention_layernorm
+        if norm._forward_hooks or norm._forward_pre_hooks:  # they see one tensor in and one out, as ever
+            residual = residual + hidden_states
+            hidden_states = norm(residual)
+        else:
+            hidden_states, residual = norm(hidden_states, residual)
         return residual + self.mlp(hidden_states)
 
     return forward

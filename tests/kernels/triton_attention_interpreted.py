@@ -284,11 +284,10 @@ def refusals():
         raise AssertionError("accepted")
     x = torch.ones(2, 1, 16, requires_grad=True)
     out = cuda.varlen_attention(x, x, x, cu, cu, True, 1.0, (-1, -1), None, None)
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     try:
-        grad.sum().backward()
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)
     except RuntimeError as error:
-        assert "once_differentiable" in str(error)
+        assert "differentiable once" in str(error)
     else:
         raise AssertionError("a second derivative was given")
 
