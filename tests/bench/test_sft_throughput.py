@@ -15,7 +15,7 @@ from longtrace.trainer.config import Refusal
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(Refusal, match="found warp; accepted: sft_throughput"):
         bench.bench(bench.BenchConfig(name="warp"))
-    with pytest.raises(Refusal, match="--impls: found nemo; accepted: longtrace, trl, trl-autocast"):
+    with pytest.raises(Refusal, match="--impls: found nemo; accepted: longtrace, longtrace-checkpointing, trl"):
         bench.bench(bench.BenchConfig(name="sft_throughput", impls=["nemo"]))
     with pytest.raises(Refusal, match="--steps 2 or more"):
         bench.bench(bench.BenchConfig(name="sft_throughput", steps=1))
@@ -73,7 +73,9 @@ def test_a_loss_that_differs_is_said(tmp_path, monkeypatch):
     results = {"longtrace": [measured([1.0], [8.0], 1.0)], "trl-autocast": [measured([1.0], [7.9], 1.0)]}
     fake(monkeypatch, results, {})
     bench.bench(bench.BenchConfig(name="sft_throughput", quick=True, json=tmp_path / "r.json"))
-    assert json.loads((tmp_path / "r.json").read_text())["checks"][0].startswith("FAILS: first loss within 0.5 %")
+    assert json.loads((tmp_path / "r.json").read_text())["checks"][0].startswith(
+        "FAILS: longtrace: first loss within 0.5 %"
+    )
 
 
 def test_a_side_that_fails_is_recorded_and_refused(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def classes(model):
 def test_no_worse_than_unpatched(name, dtype, seed, monkeypatch):
     model, ids = build(name, seed, dtype), tokens(seed)
     exact, theirs = in_double(model, ids, monkeypatch), values(model, ids)
-    assert K.patch(model) is model
+    assert K.patch(model, attention=False) is model  # attention's own errors: test_attention_tiles.py
     ours = values(model, ids)
     error = [0.0, 0.0]
     for a, b, c in zip(ours, exact, theirs, strict=True):
