@@ -31,6 +31,7 @@ IMPLS = {
     "trl-checkpointing": ("trl", "trl", "the same, layers recomputed"),
     "trl-autocast": ("trl", "trl", "fp32 weights, bf16 autocast (TRL's default)"),
 }
+FULL = 0.98  # of --tokens: a row of traces that is less full would not be the length that is asked about
 DEFAULT_IMPLS = ["longtrace", "trl"]
 
 SMOLLM2_135M = {
@@ -147,16 +148,15 @@ def _report(
 
 def _row(name: str, found: list[dict]) -> dict:
     seconds = [second for result in found for second in result["seconds"]]
-    tokens = found[0]["tokens"]
-    middle = float(np.median(seconds))
+    rates = [tokens / second for result in found for tokens, second in zip(result["tokens"], result["seconds"])]
     return {
         "impl": name,
-        "tokens_per_s": tokens / middle,
+        "tokens_per_s": float(np.median(rates)),
         "peak_mb": harness.median(found, "peak_mb"),
         "final_loss": found[0]["losses"][-1],
-        "step_seconds": middle,
-        "tokens_per_s_min": tokens / max(seconds),
-        "tokens_per_s_max": tokens / min(seconds),
+        "step_seconds": float(np.median(seconds)),
+        "tokens_per_s_min": min(rates),
+        "tokens_per_s_max": max(rates),
         "floor_mb": harness.median(found, "floor_mb"),
         "timed_steps": len(seconds),
         "processes": len(found),
@@ -228,9 +228,13 @@ def _rows_of_traces(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndar
         skip_bad_rows=True,
     )
     source = TraceSource(traces, np.arange(len(traces.lengths)), config.tokens, 1, 0)
+    full = [batch for batch in source.all_rows() if len(batch.input_ids) >= FULL * config.tokens][: config.steps]
+    if len(full) < config.steps:
+        raise Refusal(
+            f"--data: found {len(full)} rows of {config.tokens:,} tokens; accepted: {config.steps} or more, or fewer --steps"
+        )
     rows: dict[str, np.ndarray] = {}
-    for step in range(config.steps):
-        batch = source.next()[0]
+    for step, batch in enumerate(full):
         rows[f"ids{step}"], rows[f"labels{step}"] = batch.input_ids.numpy(), batch.labels.numpy()
         rows[f"lengths{step}"] = np.diff(batch.cu_seqlens.numpy())
     return rows, f"traces of {', '.join(Path(spec).name for spec in config.data)}, longer ones split"
@@ -240,12 +244,12 @@ def _rows_of_traces(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndar
 # The measuring processes. Each returns seconds per timed step, tokens per step, losses, and memory
 
 
-def _measured(marks: list[float], losses: list[float], tokens: int, floor: int, peak: int) -> dict:
-    """`marks`: the moments between steps, the first before step 1."""
+def _measured(marks: list[float], losses: list[float], tokens: list[int], floor: int, peak: int) -> dict:
+    """`marks`: the moments between steps, the first before step 1; `tokens` of each step."""
     seconds = [after - before for before, after in itertools.pairwise(marks)][1:]
     return {
         "seconds": seconds,
-        "tokens": tokens,
+        "tokens": tokens[1:],
         "losses": losses,
         "floor_mb": floor / harness.MB,
         "peak_mb": (peak - floor) / harness.MB,
@@ -269,7 +273,7 @@ def ours(job: dict) -> dict:
     floor = harness.peak_bytes()
     rows = np.load(job["rows"])
     marks, peaks = [], []
-    tokens = len(rows["ids0"])
+    tokens = max(len(rows[f"ids{step}"]) for step in range(job["steps"]))
 
     class Replay:
         """A Source of the given rows that notes the time between steps and stops after the last."""
@@ -313,7 +317,7 @@ def ours(job: dict) -> dict:
     with contextlib.suppress(_Done):
         train.run(config, model, Replay(), SFT(), steps=config.steps, begin=lambda: None, finish=lambda: None)
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return _measured(marks, losses, tokens, floor, peaks[-1])
+    return _measured(marks, losses, [len(rows[f"ids{step}"]) for step in range(job["steps"])], floor, peaks[-1])
 
 
 def trl(job: dict) -> dict:
@@ -364,4 +368,4 @@ def trl(job: dict) -> dict:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return _measured(marks, losses, len(rows["ids0"]), floor, peaks[-1])
+    return _measured(marks, losses, [len(e["input_ids"]) for e in examples], floor, peaks[-1])

@@ -40,8 +40,14 @@ def test_generated_rows_are_packed_documents_with_next_token_labels(tmp_path):
     assert (rows["ids0"] != rows["ids1"]).any()
 
 
+def test_rates_are_of_each_steps_own_tokens():
+    found = [measured([1.0, 4.0], [8.0, 7.9, 7.8], 1.0) | {"tokens": [500, 1000]}]
+    row = sft_throughput._row("longtrace", found)
+    assert (row["tokens_per_s"], row["tokens_per_s_min"], row["tokens_per_s_max"]) == (375.0, 250.0, 500.0)
+
+
 def measured(seconds, losses, peak):
-    return {"seconds": seconds, "tokens": 1000, "losses": losses, "floor_mb": 500.0, "peak_mb": peak}
+    return {"seconds": seconds, "tokens": [1000] * len(seconds), "losses": losses, "floor_mb": 500.0, "peak_mb": peak}
 
 
 def fake(monkeypatch, results, failed):

@@ -79,17 +79,17 @@ def classes(model):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_worse_than_unpatched(name, dtype, seed, monkeypatch):
-    model, ids = build(name, seed, dtype), tokens(seed)
-    exact, theirs = in_double(model, ids, monkeypatch), values(model, ids)
-    assert K.patch(model, attention=False) is model  # attention's own errors: test_attention_tiles.py
-    ours = values(model, ids)
+    """Errors against float64, ours over theirs: one draw of such a chain scatters by a factor of two, the mean of 12 does not."""
     ratios = []
-    for a, b, c in zip(ours, exact, theirs, strict=True):
-        assert a.shape == b.shape and a.dtype == dtype and a.isfinite().all()
-        own, other = (a.double() - b).norm(), (c.double() - b).norm()
-        ratios.append(float((own + 1e-12 * b.norm() + 1e-30) / (other + 1e-12 * b.norm() + 1e-30)))
-    # one draw of a long chain of roundings each: medians were seen up to 1.37, single cancelling gradients at 4
-    assert statistics.median(ratios) <= 1.75, sorted(ratios)
+    for draw in range(seed, seed + 12):
+        model, ids = build(name, draw, dtype), tokens(draw)
+        exact, theirs = in_double(model, ids, monkeypatch), values(model, ids)
+        assert K.patch(model) is model
+        for a, b, c in zip(values(model, ids), exact, theirs, strict=True):
+            assert a.shape == b.shape and a.dtype == dtype and a.isfinite().all()
+            floor = 1e-12 * b.norm() + 1e-30  # of two exact results
+            ratios.append(float(((a.double() - b).norm() + floor) / ((c.double() - b).norm() + floor)))
+    assert statistics.geometric_mean(ratios) <= 1.25, sorted(ratios)[-20:]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,35 +1,18 @@
 """Cases of the Triton attention kernels that run in the interpreter; `test_attention_triton.py` starts this file.
 
-`python triton_attention_interpreted.py GROUP` prints {case: "" or what went wrong} as the last line; see
-triton_interpreted.py for why a process. The interpreter pays by the program and the block, so shapes are small and
-blocks are 16 or 32 wide; the group "shipped" runs the shipped sizes.
+`python triton_attention_interpreted.py GROUP`, see triton_cases.py. The interpreter pays by the program and the block, so
+shapes are small and blocks are 16 or 32 wide; the group "shipped" runs the shipped sizes.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import sys
-import traceback
 import zlib
 
 import torch
+from triton_cases import case, run_group
 
 from longtrace.kernels.attention import reference
-
-CASES: dict[str, dict[str, functools.partial]] = {}
-
-
-def case(group, *variants):
-    """Register a function once for each tuple of arguments."""
-
-    def register(function):
-        for values in variants or [()]:
-            name = " ".join([function.__name__, *(str(v).replace("torch.", "") for v in values)])
-            CASES.setdefault(group, {})[name] = functools.partial(function, *values)
-        return function
-
-    return register
 
 
 def blocks(block_m: int, block_n: int) -> None:
@@ -323,38 +306,9 @@ def many_documents():
     check(lengths, EVERYTHING, D=64, dtype=torch.bfloat16)
 
 
-def why_not() -> str:
-    """Why the interpreter cannot run here; Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses."""
-    import numpy
-    import triton
-
-    inputs, up = make([2], [2], 1, 1, 16, 16, torch.float32, 0)
-    try:
-        ours(inputs, up, [2], [2], {})
-    except Exception as error:
-        if "0-dimensional arrays" not in str(error):
-            raise
-        return f"the interpreter of triton {triton.__version__} does not run with numpy {numpy.__version__}"
-    return ""
-
-
-def main(group: str) -> None:
-    torch.set_num_threads(1)
-    import numpy
-
-    numpy.seterr(all="ignore")  # exp of -inf and inf - inf are meant, in rows that see nothing
-    if reason := why_not():
-        print(json.dumps({"": reason}))
-        return
-    results = {}
-    for name, function in CASES[group].items():
-        try:
-            function()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+def smallest():
+    ours(*make([2], [2], 1, 1, 16, 16, torch.float32, 0), [2], [2], {})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_group(sys.argv[1], smallest, all="ignore")  # exp of -inf and inf - inf are meant, in rows that see nothing

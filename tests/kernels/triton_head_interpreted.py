@@ -1,36 +1,19 @@
-"""Cases of the Triton head kernels that run in the interpreter; `test_head_triton.py` starts this file as a process.
-
-`python triton_interpreted.py GROUP` prints {case: "" or what went wrong} as the last line. Triton reads its environment
-when it is imported and would keep the interpreter for every later test, so no import of it happens before a case runs.
+"""Cases of the Triton head kernels that run in the interpreter; `test_head_triton.py` starts this file as a process:
+`python triton_head_interpreted.py GROUP`, see triton_cases.py.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import sys
-import traceback
 
 import torch
+from triton_cases import case, run_group
 
 from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN, CAPPED, SHARP = Transform(), Transform(0.7, 5.0, 1.3), Transform(temperature=0.5)
-CASES: dict[str, dict[str, functools.partial]] = {}
-
-
-def case(group, *variants):
-    """Register a function once for each tuple of arguments."""
-
-    def register(function):
-        for values in variants or [()]:
-            name = " ".join([function.__name__, *(str(v).replace("torch.", "") for v in values)])
-            CASES.setdefault(group, {})[name] = functools.partial(function, *values)
-        return function
-
-    return register
 
 
 def draws(seed=0):
@@ -475,39 +458,11 @@ def wide_vocabulary_in_spans(dtype):
     check_stats(ours, twin_stats(raw, target, bias, CAPPED, torch.float64), theirs)
 
 
-def why_not() -> str:
-    """Why the interpreter cannot run here; Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses."""
-    import numpy
-    import triton
-
+def smallest():
     from longtrace.kernels.head import triton_rows
 
-    try:
-        triton_rows.softmax_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), None, PLAIN, False)
-    except Exception as error:
-        if "0-dimensional arrays" not in str(error):
-            raise
-        return f"the interpreter of triton {triton.__version__} does not run with numpy {numpy.__version__}"
-    return ""
-
-
-def main(group: str) -> None:
-    torch.set_num_threads(1)
-    import numpy
-
-    if reason := why_not():
-        print(json.dumps({"": reason}))
-        return
-    numpy.seterr(over="ignore")  # exp(2 x) in tanh is meant to overflow to inf
-    results = {}
-    for name, function in CASES[group].items():
-        try:
-            function()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    triton_rows.softmax_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), None, PLAIN, False)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_group(sys.argv[1], smallest, over="ignore")  # exp(2 x) in tanh is meant to overflow to inf
