@@ -31,7 +31,7 @@ def return_freed_memory() -> None:
     """Lets glibc give every freed block above 4 MB back to the system at once; other C libraries are left alone.
 
     By default it keeps blocks of up to 32 MB on its heap once one of them was freed, and a step's activations, of all
-    sizes, leave that heap in pieces: peaks of a fifth above what is alive, with checkpointing and at long rows more.
+    sizes, leave that heap in pieces: peaks were a tenth higher.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
