@@ -143,6 +143,8 @@ Tensor head_column_max(const Tensor& g, const Tensor& scale) {
   return out;
 }
 
+void ask_huge_pages_(const Tensor& x) { ask_huge_pages(x); }
+
 std::string cpu_capability() { return tile_kernels(Dtype::bf16).name; }
 
 }  // namespace
@@ -155,6 +157,7 @@ STABLE_TORCH_LIBRARY(longtrace, m) {
   m.def(
       "head_gradient_(Tensor(a!) g, Tensor h, Tensor weight, Tensor? bias, Tensor target, float logit_scale, "
       "float softcap, float temperature, Tensor maximum, Tensor log_sum, Tensor a, Tensor e, Tensor entropy) -> ()");
+  m.def("ask_huge_pages_(Tensor(a!) x) -> ()");
   m.def("head_buffer(Tensor weight, int n) -> Tensor");
   m.def("head_dh_sample(Tensor g, Tensor right, int n, Tensor scale, int step) -> Tensor");
   m.def("head_dh(Tensor g, Tensor right, Tensor? rows, int n, Tensor? scale) -> Tensor");
@@ -166,6 +169,7 @@ STABLE_TORCH_LIBRARY(longtrace, m) {
 STABLE_TORCH_LIBRARY_IMPL(longtrace, CPU, m) {
   m.impl("head_forward", TORCH_BOX(&longtrace::head_forward));
   m.impl("head_gradient_", TORCH_BOX(&longtrace::head_gradient_));
+  m.impl("ask_huge_pages_", TORCH_BOX(&longtrace::ask_huge_pages_));
   m.impl("head_buffer", TORCH_BOX(&longtrace::head_buffer));
   m.impl("head_dh_sample", TORCH_BOX(&longtrace::head_dh_sample));
   m.impl("head_dh", TORCH_BOX(&longtrace::head_dh));

@@ -7,15 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <functional>
 #include <optional>
 
+#include "cpu/scratch.h"
 #include "cpu/tile.h"
 
 namespace longtrace {
@@ -58,15 +55,7 @@ inline const int64_t* indices(const Tensor& x, int64_t size, int64_t limit, cons
   return at;
 }
 
-// Huge pages spare a page fault every 4 KB of a fresh tensor.
-inline void ask_huge_pages(const Tensor& x) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), first = (begin + page - 1) / page * page;
-  const uintptr_t end = (begin + size_t(x.numel()) * x.element_size()) / page * page;
-  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
+inline void ask_huge_pages(const Tensor& x) { ask_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * x.element_size()); }
 
 // Pieces are handed out in order as threads come free: cores that share their time with others do less, results do not change.
 inline void for_pieces(int64_t count, int64_t piece, const std::function<void(int64_t, int64_t)>& f) {

@@ -12,7 +12,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 OPS = (
-    "head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max",
+    "ask_huge_pages_", "head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max",
     "attention_forward", "attention_backward",
     "rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward",  # their fakes: layers/native.py
 )  # fmt: skip
@@ -52,6 +52,10 @@ if LOADED:
             weight.shape[0], (panels | 1) * 32, dtype=dtype
         )  # an odd number: see row_stride in csrc
 
+    @torch.library.register_fake("longtrace::ask_huge_pages_")
+    def _(x):
+        return None
+
     @torch.library.register_fake("longtrace::head_forward")
     def _(h, weight, bias, target, logit_scale, softcap, temperature, entropy, mass, g):
         n = h.shape[0]
@@ -87,3 +91,10 @@ if LOADED:
     @torch.library.register_fake("longtrace::attention_backward")
     def _(grad, q, k, v, out, reference, log_sum, starts_q, starts_k, scale, softcap, causal, left, right):
         return tuple(torch.empty_like(x) for x in (q, k, v, log_sum))
+
+
+def on_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
+    """`fresh`, just allocated and not yet written: on the CPU its pages become large ones, which spares a fault every 4 KB."""
+    if LOADED and fresh.device.type == "cpu":
+        torch.ops.longtrace.ask_huge_pages_(fresh)
+    return fresh

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from longtrace.kernels.extension import on_huge_pages
 from longtrace.kernels.head import backend
 from longtrace.kernels.head.engine import Forward, Matrix, put_targets
 from longtrace.kernels.head.epilogue import RowStats
@@ -120,8 +121,9 @@ class Walk:
         if d_weight and weight_grad is not None:
             self.d_weight, self.added = weight_grad, True
         elif d_weight:
-            new = self.input.new_empty if self.kept.numel() else self.input.new_zeros  # the first chunk overwrites
-            self.d_weight = new(self.V, self.H, dtype=self.dtype)
+            self.d_weight = on_huge_pages(self.input.new_empty(self.V, self.H, dtype=self.dtype))
+            if not self.kept.numel():  # else the first chunk overwrites
+                self.d_weight.zero_()
         if d_bias:
             self.d_bias = self.input.new_zeros(self.V, dtype=self.dtype)
 
@@ -239,11 +241,16 @@ def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """saved * upstream in `dtype`, multiplied in saved's own dtype and rounded once; slices keep temporaries small."""
     if saved.dtype == dtype:
         return saved * upstream
-    out = torch.empty_like(saved, dtype=dtype)
-    step = max(1, 2**20 // max(1, saved[:1].numel()))
+    out = on_huge_pages(torch.empty_like(saved, dtype=dtype))
+    step = max(1, 2**19 // max(1, saved[:1].numel()))
     for i in range(0, saved.shape[0], step):
         out[i : i + step] = saved[i : i + step] * upstream
     return out
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`."""
+    return x if x.dtype == dtype else on_huge_pages(torch.empty_like(x, dtype=dtype)).copy_(x)
 
 
 def total_weight(walk: Walk) -> float:
@@ -339,4 +346,4 @@ class TokenValues(torch.autograd.Function):
                 walk.add(chunk, matrix, s)
             walk.finish()
         grads = [walk.d_input, None if ctx.weight_grad is not None else walk.d_weight, walk.d_bias]
-        return (*(None if g is None else g.to(input.dtype) for g in grads), None, None, None, None)
+        return (*(None if g is None else rounded(g, input.dtype) for g in grads), None, None, None, None)

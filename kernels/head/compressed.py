@@ -20,6 +20,7 @@ from longtrace.kernels.head.chunked import (
     Loss,
     Walk,
     elementwise_gradient,
+    rounded,
     smooth_values,
     total_weight,
 )
@@ -34,6 +35,7 @@ from longtrace.kernels.head.tail import (
     Part,
     Rows,
     Sketch,
+    cluster_states,
     cluster_sums,
     compress,
     dh_error,
@@ -56,7 +58,10 @@ class Tail(NamedTuple):
     cluster: Tensor  # (n,)
     rank: int  # k
     index: Tensor  # (n,) rows of the input
-    sums: Tensor  # (k or 2k, H) of weight times h over each cluster, float64
+    sums: Tensor  # (k or 2k, H) of weight times h over each cluster
+    kept: Matrix | None  # d loss / d z of the kept columns, where dW is asked for
+    columns: Tensor  # (F,) which they are
+    h: Tensor  # (n, H)
 
 
 class Report:
@@ -106,12 +111,6 @@ class CompressedWalk(Walk):
     def stats(self) -> dict[str, float]:
         return super().stats() | self.report.stats()
 
-    def need(self, *args) -> None:
-        super().need(*args)
-        if self.d_weight is not None and not self.added:  # compressed chunks write some rows only
-            self.d_weight.zero_()
-            self.added = True
-
     @cached_property
     def sketch(self) -> Sketch:
         return Sketch(self.weight, self.dtype)
@@ -160,19 +159,26 @@ class CompressedWalk(Walk):
             self.smoothing.take_(dh, chunk.h, s)
         if dh is not None:
             self.d_input[chunk.index] = dh
-        if self.d_weight is not None:
-            engine.dw_(self.d_weight, _times(kept, transform.gain), chunk.h, part.columns)
-        self.tails.append(Tail(tail, t, part.cluster, part.rank, chunk.index, cluster_sums(part, t, chunk.h)))
-        if sum(len(tail.sums) for tail in self.tails) >= TOGETHER:
+        self.tails.append(
+            Tail(
+                tail, t, part.cluster, part.rank, chunk.index, cluster_states(engine, part, t, chunk.h),
+                None if self.d_weight is None else _times(kept, transform.gain), part.columns, chunk.h,
+            )
+        )  # fmt: skip
+        held = sum(0 if x.kept is None else x.kept.g.numel() for x in self.tails)
+        if sum(len(x.sums) for x in self.tails) >= TOGETHER or 2 * held > self.V * self.chunks.rows:
             self.add_tails()
 
     def add_tails(self) -> None:
-        """Add the tails of several chunks at once: W and dW go through memory once for all of them."""
+        """Add the tails of several chunks at once: W and dW go through memory once for all of them.
+
+        The kept columns of dW wait for the tails, which write every row: dW need not be zeroed first.
+        """
         if not self.tails:
             return
         gain, tails, self.tails = self.loss.transform.gain, self.tails, []
-        g = torch.cat([x.matrix.g[:, : len(x.sums)] for x in tails], 1)
-        joined = self.engine.pack(g, torch.cat([x.matrix.scale for x in tails]))
+        profiles = [x.matrix.g[:, : len(x.sums)] for x in tails]
+        joined = self.engine.pack(profiles, torch.cat([x.matrix.scale for x in tails]))
         if self.d_input is not None:
             profiles = self.engine.dh(_times(joined, gain), None)
             for x, profile in zip(tails, profiles.split([len(x.sums) for x in tails])):
@@ -181,8 +187,11 @@ class CompressedWalk(Walk):
         if self.d_weight is not None:
             sums = torch.cat([x.sums for x in tails])
             top = sums.abs().amax(1, keepdim=True).clamp(min=torch.finfo(self.dtype).tiny)
-            by_row = gain * top.squeeze(1).to(self.dtype)  # fp16 would lose small sums: they are of order 1
-            self.engine.dw_(self.d_weight, _times(joined, by_row), (sums / top).to(self.weight.dtype), None)
+            by_row = gain * top.squeeze(1)  # fp16 would lose small sums: they are of order 1
+            self.engine.dw_(self.d_weight, _times(joined, by_row), (sums / top).to(self.weight.dtype), None, self.added)
+            self.added = True
+            for x in tails:
+                self.engine.dw_(self.d_weight, x.kept, x.h, x.columns)
 
     def finish(self) -> None:
         self.add_tails()
@@ -308,7 +317,7 @@ class TokenValues(torch.autograd.Function):
             walk.finish()
         ctx.stats.update(walk.report.stats() | {"saved_mb": ctx.stats["saved_mb"]})
         grads = (walk.d_input, None if ctx.weight_grad is not None else walk.d_weight, walk.d_bias)
-        return (*(None if g is None else g.to(input.dtype) for g in grads), *(None,) * 6)
+        return (*(None if g is None else rounded(g, input.dtype) for g in grads), *(None,) * 6)
 
 
 def _needs(ctx, weight_grad: Tensor | None) -> tuple[bool, bool, bool]:

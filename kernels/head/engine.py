@@ -104,8 +104,9 @@ class TorchEngine:
         g = matrix.g * (factor if matrix.scale is None else factor * matrix.scale)
         return Matrix(g.to(self.gemm.weight.dtype), None)
 
-    def pack(self, values: Tensor, scale: Tensor) -> Matrix:
-        """A matrix of this engine from values (V or number of columns, k) and scale (k,)."""
+    def pack(self, values: Tensor | list[Tensor], scale: Tensor) -> Matrix:
+        """A matrix of this engine from values (V or number of columns, k), several side by side, and scale (k,)."""
+        values = torch.cat(values, 1) if isinstance(values, list) else values
         return Matrix(values.to(self.weight.dtype), scale)
 
     def column_max(self, matrix: Matrix) -> Tensor:
@@ -130,10 +131,6 @@ class TorchEngine:
     def sample_rows(self, matrix: Matrix, right: Tensor, step: int) -> Tensor:
         """`rows` of every `step`th block of 32 rows; the others may hold anything."""
         return self.rows(matrix, right)
-
-    def similarity(self, x: Tensor, centre: Tensor) -> Tensor:
-        """(n, k) = x (n, H) @ centre (k, H)^T, fp32; close enough to sums that know no threads to cluster by."""
-        return (x.double() @ centre.double().t()).to(x.dtype)
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
         """(n, H) = value^T @ weight (of `columns`, when given), in the compute dtype."""

@@ -100,6 +100,6 @@ def plan_chunks(
         extra = rows * H * (4 * ranges + 8)
     else:  # the fp32 copy of the weight that a CPU GEMM of narrow operands needs
         extra = 4 * V * H if device == "cpu" and itemsize == 4 and dtype != torch.float32 else 0
-    if compressed:  # cluster sums, profiles and pending tails of a chunk, and its kept columns
-        extra += 2400 * V + rows * width // 4
+    if compressed:  # cluster sums, profiles and pending tails, and the kept columns of several chunks
+        extra += 2400 * V + rows * width // 2
     return Chunks(rows, block, rows * width, rows * width + extra, cost / rows)

@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from longtrace.kernels.head.clusters import runs_or_signs, spherical_kmeans
+from longtrace.kernels.head.clusters import membership, runs_or_signs, spherical_kmeans
 from longtrace.kernels.head.engine import Forward, Matrix, TorchEngine, put_targets
 from longtrace.kernels.head.epilogue import RowStats
 
@@ -228,13 +227,20 @@ def tail_terms(engine: TorchEngine, part: Part, rows: Rows, c: Coefficients) -> 
     g, scale = part.tail.g[:, : part.rank].to(m.dtype), part.tail.scale
     second = torch.where(g > 0, g * (g * scale).clamp(min=torch.finfo(m.dtype).tiny).log(), 0.0)
     top = second.abs().amax(0).clamp(min=torch.finfo(m.dtype).tiny)
-    return engine.pack(torch.cat([g, second / top], 1), torch.cat([scale, scale * top])), t
+    return engine.pack([g, second / top], torch.cat([scale, scale * top])), t
 
 
 def cluster_sums(part: Part, t: Tensor, x: Tensor) -> Tensor:
     """(k or 2k, N) sums of t[i] x[i] (n, N) over each cluster, in float64: the order of threads stays invisible."""
-    one = one_hot(part.cluster, part.rank).double().t()
+    one = membership(part.cluster, part.rank, torch.float64)
     return torch.cat([(one * column) @ x.double() for column in t.double().unbind(1)])
+
+
+def cluster_states(engine: TorchEngine, part: Part, t: Tensor, h: Tensor) -> Tensor:
+    """`cluster_sums` of the hidden states h (n, H), wide enough to be worth the engine's own product."""
+    one = membership(part.cluster, part.rank, t.dtype)
+    top = t.abs().amax(0).clamp(min=torch.finfo(t.dtype).tiny)  # fp16 operands lose small ones
+    return torch.cat([engine.project(engine.pack(one, x / s), h) * s for x, s in zip(t.unbind(1), top)])
 
 
 def effective(part: Part, rows: Rows, c: Coefficients) -> Tensor:
@@ -326,7 +332,7 @@ class _Candidates:
         if self.rank != k:
             self._cluster(part, k)
         q = self.sums.index_fill_(0, columns, 0.0)  # in place: a smaller eps keeps more columns, never fewer
-        total = one_hot(self.cluster, q.shape[1]).double().t() @ (self.weight * part.mass).double()
+        total = membership(self.cluster, q.shape[1], torch.float64) @ (self.weight * part.mass).double()
         top = q.amax(0).clamp(min=torch.finfo(q.dtype).tiny)
         scale = torch.where(total > 0, top / total, 0.0).to(q.dtype)
         part.tail = self.engine.pack(q / top, scale)  # at most 1: no dtype loses the small ones
@@ -351,9 +357,11 @@ class _Candidates:
             factor = effective(part, self.rows, self.c)
             self.weight, self.group = factor.abs(), runs_or_signs(factor, max(2, k // 16))
         weight = self.weight * part.mass
-        self.cluster = spherical_kmeans(self.rows.h, weight, self.group, k, self.engine.similarity)
+        self.cluster = spherical_kmeans(self.rows.h, weight, self.group, k, self.engine)
         clusters = int(self.cluster.max()) + 1
-        self.sums = self.engine.project(self.matrix, one_hot(self.cluster, clusters).to(weight) * self.weight[:, None])
+        self.sums = self.engine.project(
+            self.matrix, (membership(self.cluster, clusters, weight.dtype) * self.weight).t()
+        )
 
     def _spread(self, part: Part, dropped: Tensor, c: Coefficients) -> tuple[float, float, float]:
         """Errors of a sample of the dropped rows of dW; with c unknown also under random signs by block and by row."""
@@ -377,7 +385,7 @@ class _Candidates:
         tail = q @ cluster_sums(part, part.mass[:, None], psi).to(q)
         wrong = true - tail
         # |true|^2: that of the approximation is known, and only the rest is left to the projections
-        sums = cluster_sums(part, (factor * part.mass)[:, None], self.rows.h)
+        sums = cluster_states(self.engine, part, (factor * part.mass)[:, None], self.rows.h)
         known = ((q @ (sums @ sums.t()).to(q)) * q).sum(1)
         s = slice(None) if self.c is not None else slice(0, -32)
         least = torch.finfo(q.dtype).tiny ** 0.5

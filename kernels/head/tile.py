@@ -63,11 +63,14 @@ class TileEngine:
     def scaled(self, matrix: Matrix, factor: Tensor) -> Matrix:
         return Matrix(matrix.g, matrix.scale * factor)
 
-    def pack(self, values: Tensor, scale: Tensor) -> Matrix:
+    def pack(self, values: Tensor | list[Tensor], scale: Tensor) -> Matrix:
+        values = values if isinstance(values, list) else [values]
         dtype = self.weight.dtype if extension.BF16_OPERANDS and self.weight.dtype == torch.bfloat16 else torch.float32
-        rows, k = values.shape
-        g = values.new_zeros(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS, dtype=dtype)
-        g[:, :k] = values
+        rows, k = values[0].shape[0], sum(x.shape[1] for x in values)
+        g = values[0].new_empty(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS, dtype=dtype)
+        g[:, k:] = 0
+        for part, x in zip(g[:, :k].split([x.shape[1] for x in values], 1), values):
+            part.copy_(x)
         return Matrix(g, scale)
 
     def column_max(self, matrix: Matrix) -> Tensor:
@@ -87,18 +90,6 @@ class TileEngine:
     def sample_rows(self, matrix: Matrix, right: Tensor, step: int) -> Tensor:
         scale = matrix.scale
         return torch.ops.longtrace.head_dh_sample(matrix.g, right.contiguous(), scale.shape[0], scale, step)
-
-    def similarity(self, x: Tensor, centre: Tensor) -> Tensor:
-        out = x.new_empty(centre.shape[0], x.shape[0])  # the tile product: its sums know no threads
-        torch.ops.longtrace.head_dw_(out, self._fp32(centre), x.t().contiguous(), None, None, False)
-        return out.t()
-
-    def _fp32(self, values: Tensor) -> Tensor:
-        """values (rows, k) in whole panels of columns."""
-        rows, k = values.shape
-        out = values.new_zeros(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS)
-        out[:, :k] = values
-        return out
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
         return torch.ops.longtrace.head_dh(matrix.g, self.weight, columns, matrix.scale.shape[0], matrix.scale)
