@@ -58,8 +58,8 @@ class TrainConfig:
     # precision and memory
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; the trained weights are fp32 masters either way."""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute layers but for their attention in the backward; auto = when activations would take over 1 GB and outweigh weights and optimizer state."""
+    activation_checkpointing: Literal["auto", "on", "off", "offload"] = "auto"
+    """Recompute layers but for their attention in the backward; auto = when activations would take over 1 GB and outweigh weights and optimizer state; offload = on, and layers' inputs wait in host memory (CUDA)."""
     head_budget_mb: int = 0
     """Largest block of logits held at once, in MB (0 = the planner's choice)."""
     head_grad: Literal["exact", "compressed"] = "exact"

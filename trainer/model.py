@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
@@ -56,6 +57,7 @@ class Model:
     source: str
     lora: bool
     rope: str  # what became of the context window
+    offload: bool = False  # what the forward saves outside of checkpointed layers, their inputs, waits in host memory
 
     @property
     def base(self) -> PreTrainedModel:
@@ -77,15 +79,16 @@ class Model:
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """(N, H) final hidden states at the supervised positions of the packed row."""
-        states = self.base.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        ).last_hidden_state
+        with save_on_cpu(pin_memory=self.device.type == "cuda") if self.offload else contextlib.nullcontext():
+            states = self.base.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=batch.max_seqlen,
+                max_length_k=batch.max_seqlen,
+            ).last_hidden_state
         return states[0][batch.labels != IGNORE]
 
 
@@ -217,11 +220,13 @@ def check_model(model: Model) -> None:
         )
 
 
-def checkpoint_activations(model: Model) -> None:
+def checkpoint_activations(model: Model, offload: bool = False) -> None:
     """Recompute each layer in the backward but for its attention; kept are a layer's input and attention output.
 
-    At long lengths attention is most of a layer's FLOPs and its output a thirtieth of what the layer saves.
+    At long lengths attention is most of a layer's FLOPs and its output a thirtieth of what the layer saves. `offload`:
+    the inputs are kept in (pinned) host memory.
     """
+    model.offload = offload
     # transformers renamed it in 5.23
     enable = getattr(model.base, "activation_checkpointing_enable", model.base.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "context_fn": _contexts})

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
@@ -158,6 +159,15 @@ class _Head(torch.autograd.Function):
         return *(None if g is None else g.to(ctx.dtype) for g in ctx.saved_tensors), None, None
 
 
+def _shape(x: torch.Tensor):
+    return x.shape, x.stride(), x.dtype
+
+
+def _empty(packed) -> torch.Tensor:
+    shape, stride, dtype = packed
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
 def _attention(module, query, key, value, attention_mask, **kwargs):
     return _FlashAttention.apply(query, key, value), None
 
@@ -182,9 +192,18 @@ def _shapes(hf: PretrainedConfig, config: TrainConfig, checkpointing: bool, devi
 
 
 def rehearse(
-    model: Model, tokens: int, *, accumulate: bool = False, budget_mb: int | None = None, device: str = "cpu"
+    model: Model,
+    tokens: int,
+    *,
+    accumulate: bool = False,
+    budget_mb: int | None = None,
+    device: str = "cpu",
+    offload: bool = False,
 ) -> Rehearsal:
-    """One packed row of `tokens` through a model on the meta device; `accumulate`: gradients of earlier rows are held."""
+    """One packed row of `tokens` through a model on the meta device.
+
+    accumulate: gradients of earlier rows are held; offload: what is saved outside of checkpointed layers is elsewhere.
+    """
     compute = next(model.hf.parameters()).dtype
     trained = [p for p in model.hf.parameters() if p.requires_grad]
     gradients: list[torch.Tensor] = []
@@ -200,7 +219,8 @@ def rehearse(
     with alive:
         if accumulate:
             gradients += [torch.empty_like(p, dtype=torch.float32) for p in trained]
-        states = model.base.base_model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        with saved_tensors_hooks(_shape, _empty) if offload else nullcontext():
+            states = model.base.base_model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
         activations = alive.now - (4 * sum(p.numel() for p in trained) if accumulate else 0)
         hidden = states[0].clone()
         loss = _Head.apply(hidden, model.base.get_output_embeddings().weight.to(compute), budget_mb, device)
@@ -224,8 +244,9 @@ def plan_memory(
     trained = sum(p.numel() for p in model.hf.parameters() if p.requires_grad)
     accumulate = config.tokens_per_step > config.tokens_per_row
     step = rehearse(
-        model, config.tokens_per_row, accumulate=accumulate, budget_mb=config.head_budget_mb or None, device=device
-    )
+        model, config.tokens_per_row, accumulate=accumulate, budget_mb=config.head_budget_mb or None, device=device,
+        offload=checkpointing and config.activation_checkpointing == "offload",
+    )  # fmt: skip
     weight = model.base.get_output_embeddings().weight
     chunks = plan_chunks(
         config.tokens_per_row,
@@ -345,7 +366,7 @@ def estimate(
     hf = model.base.config
     memories = {on: plan_memory(hf, config, checkpointing=on, device=device) for on in (False, True)}
     asked = config.activation_checkpointing
-    checkpointing = should_checkpoint(memories[False]) if asked == "auto" else asked == "on"
+    checkpointing = should_checkpoint(memories[False]) if asked == "auto" else asked != "off"
     matmuls, attention, recompute = flops(model, lengths, supervised=supervised)
     peak = seconds = 0.0
     if measure:
@@ -406,8 +427,12 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
     grid.add_row("memory", f"about {_gb(m.peak)} at the peak" + _against(m.peak, model.device))
     grid.add_row("", ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size))
     other = estimate.peaks[not estimate.checkpointing]
-    how = "on" if estimate.checkpointing else "off"
-    grid.add_row("", f"activation checkpointing {how} ({_gb(other)} with it {'off' if how == 'on' else 'on'})")
+    how, offload = "on" if estimate.checkpointing else "off", config.activation_checkpointing == "offload"
+    grid.add_row(
+        "",
+        f"activation checkpointing {how}{', inputs of layers in host memory' * offload} "
+        f"({_gb(other)} with it {'off' if how == 'on' else 'on'})",
+    )
     if estimate.seconds_per_token:
         step_seconds = estimate.seconds_per_token * config.tokens_per_step * source.fill
         grid.add_row(

@@ -30,7 +30,7 @@ from longtrace import kernels as K
 from . import checkpoint, plan, report, traces
 from .config import Refusal, SFTConfig, TrainConfig, parse_columns, to_yaml
 from .environment import environment
-from .model import DTYPES, Masters, Model, check_model, checkpoint_activations, load_model
+from .model import DTYPES, Masters, Model, check_model, checkpoint_activations, choose_device, load_model
 from .objectives import SFT, Objective
 from .source import IGNORE, PackedBatch, TraceSource
 from .trackers import tracker
@@ -452,7 +452,7 @@ def sft(config: SFTConfig) -> RunResult | None:
     if config.plan:
         return None
     if estimate.checkpointing if estimate else config.activation_checkpointing != "off":
-        checkpoint_activations(model)
+        checkpoint_activations(model, offload=config.activation_checkpointing == "offload")
 
     template = traces.chat_template(model.tokenizer, config.template)
     _stop_at(model, [*data.audit.ends])
@@ -556,6 +556,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise Refusal("--steps 0 and --epochs 0: nothing to do; accepted: one of them above 0")
     if (config.lora_alpha or config.lora_dropout) and not config.lora_rank:
         raise Refusal("--lora-alpha and --lora-dropout need --lora-rank")
+    if config.activation_checkpointing == "offload" and choose_device(config.device).type == "cpu":
+        raise Refusal(
+            "--activation-checkpointing offload keeps activations in host memory, where those of a run on the CPU are "
+            "already; accepted here: auto, on, off"
+        )
     config.tokens_per_row = config.tokens_per_row or config.max_tokens
     config.tokens_per_step = config.tokens_per_step or config.tokens_per_row
     if config.tokens_per_step % config.tokens_per_row:

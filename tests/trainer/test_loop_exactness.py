@@ -181,6 +181,30 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, seed):
     assert sum(saved) < 0.5 * sum(kept)
 
 
+def test_offloading_moves_what_layers_keep_and_changes_no_gradient(tiny_model, seed, monkeypatch):
+    from longtrace.trainer import model as module
+
+    model = load(tiny_model("llama"))
+    traces = random_traces([30, 20], model.base.config.vocab_size, seed)
+    expected = gradients(model, [collate(traces, [0, 1])])
+    moved = []
+
+    def counting(pin_memory):
+        assert pin_memory is False
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: moved.append(t.shape) or t.clone(), lambda t: t.clone()
+        )
+
+    module.checkpoint_activations(model, offload=True)
+    assert_same(gradients(model, [collate(traces, [0, 1])]), expected, 1e-12)  # torch's own hooks
+    monkeypatch.setattr(module, "save_on_cpu", counting)
+    assert_same(gradients(model, [collate(traces, [0, 1])]), expected, 1e-12)
+    config = model.base.config
+    layers = [shape for shape in moved if shape == (1, 50, config.hidden_size)]
+    assert len(layers) >= config.num_hidden_layers, "the input of every layer"
+    assert all(shape[-1] != config.intermediate_size for shape in moved), "nothing from within a layer"
+
+
 def test_source_places_every_document_once_an_epoch(seed):
     rng = np.random.default_rng(seed)
     traces = random_traces(rng.integers(1, 100, 57), 50, seed)

@@ -65,6 +65,17 @@ def test_checkpointing_keeps_a_layers_input_and_its_attention():
     assert m2.activations - m.activations == T * (2 * H + 2 * HEADS * D + 8 * HEADS)
 
 
+def test_offloading_leaves_a_layers_attention_alone():
+    on, offload = config(activation_checkpointing="on"), config(activation_checkpointing="offload")
+    m = plan.plan_memory(llama(num_hidden_layers=8), offload, checkpointing=True)
+    m2 = plan.plan_memory(llama(num_hidden_layers=9), offload, checkpointing=True)
+    assert m2.activations - m.activations == T * (2 * HEADS * D + 8 * HEADS)
+    kept = plan.plan_memory(llama(num_hidden_layers=8), on, checkpointing=True)
+    assert kept.activations - m.activations == 8 * T * 2 * H and m.peak <= kept.peak
+    plain = [plan.plan_memory(llama(), c, checkpointing=False) for c in (on, offload)]
+    assert plain[0] == plain[1], "the flag changes nothing where layers are not checkpointed"
+
+
 def test_activations_grow_with_the_row_and_nothing_else_does():
     a, b = (plan.plan_memory(llama(), config(tokens_per_row=t), checkpointing=False) for t in (T, 2 * T))
     assert b.activations == pytest.approx(2 * a.activations, rel=1e-3)
