@@ -6,12 +6,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all sanitize lint format bench clean
 
 help:
 	@echo "make demo      train a tiny reasoning model on this machine, from nothing, in minutes"
 	@echo "make test      the test suite;  make test-all adds the slow ones"
 	@echo "make setup     only .venv, torch and the extension;  then: .venv/bin/longtrace --help"
+	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
 
 .venv/core: $(SOURCES)
@@ -39,6 +40,9 @@ test: .venv/dev
 
 test-all: .venv/dev
 	@$(BIN)/pytest -n 2 $(ARGS)
+
+sanitize: .venv/dev
+	@tests/sanitize.sh $(ARGS)
 
 lint: .venv/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tests/file_sizes.py

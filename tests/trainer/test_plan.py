@@ -71,7 +71,8 @@ def test_offloading_leaves_a_layers_attention_alone():
     m2 = plan.plan_memory(llama(num_hidden_layers=9), offload, checkpointing=True)
     assert m2.activations - m.activations == T * (2 * HEADS * D + 8 * HEADS)
     kept = plan.plan_memory(llama(num_hidden_layers=8), on, checkpointing=True)
-    assert kept.activations - m.activations == 8 * T * 2 * H and m.peak <= kept.peak
+    final_norm = T * (2 * H + 4)  # its input and the factor of a row
+    assert kept.activations - m.activations == 8 * T * 2 * H + final_norm and m.peak <= kept.peak
     plain = [plan.plan_memory(llama(), c, checkpointing=False) for c in (on, offload)]
     assert plain[0] == plain[1], "the flag changes nothing where layers are not checkpointed"
 
