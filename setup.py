@@ -1,16 +1,19 @@
-"""Builds the extensions where it can: `longtrace.kernels._C` (torch ops, stable ABI) and `_pack` (pybind11).
+"""Builds the extensions where it can: `longtrace.kernels._C` (torch ops, stable ABI), `_pack` (pybind11), `_cuda` (nvcc).
 
-Both are optional. Without torch in the build environment (pip's build isolation), without a compiler, or with
+All are optional. Without torch in the build environment (pip's build isolation), without a compiler, or with
 LONGTRACE_BUILD=0, the install is pure Python. Everything else about the package is in pyproject.toml.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
@@ -22,8 +25,12 @@ UNITS = {  # one instruction set each, chosen at run time; never -march=native
     "avx512_bf16": AVX512_BF16,
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
-LAYER_UNITS = [unit for unit in UNITS if unit != "amx"]  # no products in them
-FLAGS = {f"csrc/cpu/{kind}_{unit}.cpp": flags for unit, flags in UNITS.items() for kind in ("tile", "layers")}
+KINDS = {  # of units, and the instruction sets that each has one for
+    "tile": list(UNITS),
+    "layers": [unit for unit in UNITS if unit != "amx"],  # no products in them
+    "blend": ["baseline", "avx2", "avx512"],  # its bf16 keeps subnormals
+}
+FLAGS = {f"csrc/cpu/{kind}_{unit}.cpp": UNITS[unit] for kind, units in KINDS.items() for unit in units}
 COMMON = [
     "-O3",
     "-g0",
@@ -33,6 +40,10 @@ COMMON = [
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 ]  # the last: GCC bug 105593
+
+CUDA = "longtrace.kernels._cuda"
+ARCHITECTURES = ("80", "90", "100", "120")  # Ampere, Hopper, Blackwell: those of them that nvcc knows
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
 
 def extensions() -> list[Extension]:
@@ -56,8 +67,10 @@ def extensions() -> list[Extension]:
                 "csrc/cpu/head.cpp",
                 "csrc/cpu/layers.cpp",
                 "csrc/cpu/tile.cpp",
-                *(f"csrc/cpu/tile_{unit}.cpp" for unit in units),
-                *(f"csrc/cpu/layers_{unit}.cpp" for unit in units if unit in LAYER_UNITS),
+                "csrc/advantage_ops.cpp",
+                "csrc/blend_ops.cpp",
+                "csrc/cpu/blend.cpp",
+                *(f"csrc/cpu/{kind}_{unit}.cpp" for kind, some in KINDS.items() for unit in units if unit in some),
             ],
             depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
             include_dirs=include_paths(),
@@ -83,7 +96,27 @@ def extensions() -> list[Extension]:
         )
     except ImportError as error:
         skip(f"_pack: {error}")
+    if nvcc():
+        sources, headers = (sorted(map(str, Path("csrc/cuda").glob(f"*.{kind}"))) for kind in ("cu", "h"))
+        found.append(Extension(CUDA, sources, depends=headers, py_limited_api=True, optional=True))
     return found
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+
+
+def build_cuda(sources: list[str], out: Path) -> None:
+    """A shared library with a C interface: no torch, the CUDA runtime inside, code for each architecture and PTX for later ones."""
+    known = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    some = [a for a in ARCHITECTURES if f"sm_{a}" in known]
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in some] + [
+        f"-gencode=arch=compute_{some[-1]},code=compute_{some[-1]}"
+    ]
+    host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([nvcc(), *NVCC_FLAGS, *code, *host, "--threads=0", "-shared", "-o", str(out), *sources], check=True)
 
 
 def skip(why: str) -> list[Extension]:
@@ -95,8 +128,13 @@ class OptionalBuild(build_ext):
     """Compiles with per-file flags; an extension that fails to build is left out with one line."""
 
     def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
         try:
-            compile_all = self.compiler.compile
+            if ext.name == CUDA:
+                out = self.get_ext_fullpath(ext.name)
+                if self.force or newer_group([*ext.sources, *ext.depends], out):
+                    build_cuda(ext.sources, Path(out))
+                return
 
             def compile_each(sources, extra_postargs=None, **options):
                 objects = []

@@ -22,7 +22,9 @@ if __name__ == "kernels":
 else:
     from importlib.metadata import version
 
+    from longtrace.kernels.advantages import Advantages, group_advantages
     from longtrace.kernels.attention import register_attention, varlen_attention
+    from longtrace.kernels.blend import GradientStats, blend_gradients
     from longtrace.kernels.explain import explain
     from longtrace.kernels.head import (
         LogProbs,
@@ -36,9 +38,13 @@ else:
 
     __version__ = version("longtrace")
     __all__ = [
+        "Advantages",
+        "GradientStats",
         "LogProbs",
+        "blend_gradients",
         "explain",
         "geglu",
+        "group_advantages",
         "linear_cross_entropy",
         "linear_log_prob",
         "linear_weighted_nll",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from longtrace.kernels.advantages import dispatch as advantages
 from longtrace.kernels.attention.dispatch import choose
+from longtrace.kernels.blend import dispatch as blend
 from longtrace.kernels.head import backend as head
 from longtrace.kernels.layers import dispatch as layers
 from longtrace.kernels.packing import dispatch as packing
@@ -18,6 +20,8 @@ def rows() -> list[tuple[str, str, str]]:
         ("pack", packing.BACKEND, packing.WHY),
         ("head", *head.describe(device)),
         ("varlen_attention", *attention),
+        ("group_advantages", *advantages.choose(device, torch.float32)),
+        ("blend_gradients", *blend.choose(device, {torch.bfloat16, torch.float32})),
         ("layers", *layers.choose(device, torch.bfloat16)),
     ]
 

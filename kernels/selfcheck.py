@@ -6,8 +6,12 @@ import random
 
 import torch
 
+from longtrace.kernels.advantages import dispatch as advantages
+from longtrace.kernels.advantages import reference as advantages_reference
 from longtrace.kernels.attention import dispatch as attention
 from longtrace.kernels.attention import reference as attention_reference
+from longtrace.kernels.blend import dispatch as blend
+from longtrace.kernels.blend import reference as blend_reference
 from longtrace.kernels.head import backend as head_backend
 from longtrace.kernels.head import dispatch as head
 from longtrace.kernels.head import reference as head_reference
@@ -37,6 +41,9 @@ def self_check() -> list[tuple[str, str, float, bool]]:
     for dtype in (torch.float32, torch.bfloat16):
         for name, options in (("", {}), (" window", {"window": (11, 0)}), (" softcap", {"softcap": 3.0})):
             results.append(_attention(device, dtype, name, options, q, k, v))
+    results.append(_advantages(device, draw(100)))
+    for dtype in (torch.float32, torch.bfloat16):
+        results.append(_blend(device, dtype, draw(70_001), draw(70_001)))
     return results
 
 
@@ -100,3 +107,25 @@ def _attention(device, dtype, name, options, q, k, v) -> tuple[str, str, float, 
         f"{backend} {str(dtype).removeprefix('torch.')}",
         *_compare(values, expected, dtype),
     )
+
+
+def _advantages(device, rewards) -> tuple[str, str, float, bool]:
+    rewards, offsets = rewards.float().to(device), torch.tensor([0, 7, 7, 40, 41, 100])
+    got = advantages.group_advantages(rewards, offsets)
+    truth, degenerate, _ = advantages_reference.group_advantages(
+        rewards.cpu(), offsets, by_std=True, leave_one_out=False, sample=True
+    )
+    error, ok = _compare([got.values.cpu()], [truth], torch.float32)
+    backend, _ = advantages.choose(device, torch.float32)
+    return "group_advantages", backend, error, ok and torch.equal(got.degenerate.cpu(), degenerate)
+
+
+def _blend(device, dtype, trace, empty) -> tuple[str, str, float, bool]:
+    trace, empty = trace.to(device, dtype), empty.to(device, dtype)
+    exact = trace.double()
+    sums = blend_reference.blend_gradients_([exact], [empty.double()], 0.3)[:3]
+    stats = blend.blend_gradients([trace], [empty], 0.3)
+    error, ok = _compare([trace], [exact], dtype)
+    backend, _ = blend.choose(device, {dtype})
+    ok &= _compare([torch.stack(stats[:3])], [sums], torch.float32)[1] and bool(stats.finite)
+    return "blend_gradients", f"{backend} {str(dtype).removeprefix('torch.')}", error, ok

@@ -4,6 +4,8 @@
 
 #include "vec.inc"
 
+#include "lanes.inc"
+
 #include "layers.inc"
 
 namespace longtrace {

@@ -260,5 +260,6 @@ def test_self_check_passes_here():
 
 def test_explain_names_every_op_with_a_reason():
     lines = K.explain().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["pack", "head", "varlen_attention", "layers"]
+    ops = ["pack", "head", "varlen_attention", "group_advantages", "blend_gradients", "layers"]
+    assert [line.split("  ")[0] for line in lines] == ops
     assert all(len(line.split()) >= 3 for line in lines)

@@ -1,0 +1,197 @@
+"""The gradient blend: values and statistics against float64, in place, in one pass; layouts, mixed dtypes, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longtrace import kernels as K
+from longtrace.kernels import extension
+from longtrace.kernels.blend import dispatch, reference
+
+SHAPES = (
+    (),
+    (0,),
+    (1,),
+    (7,),
+    (3, 5),
+    (16, 2),
+    (63,),
+    (64,),
+    (65,),
+    (4, 0, 3),
+    (129, 127),
+    (16384,),
+    (16385,),
+    (3, 20001),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+built = pytest.mark.skipif(not extension.LOADED, reason=extension.WHY)
+
+
+@pytest.fixture(params=["here", "PyTorch"])
+def backend(request, monkeypatch):
+    if request.param == "PyTorch":
+        monkeypatch.setattr(extension, "LOADED", False)
+    return request.param
+
+
+def draw(dtypes=DTYPES):
+    """Pairs of every shape, each list's dtypes in turn, so that all combinations come up."""
+    trace = [torch.randn(s).to(dtypes[i % len(dtypes)]) for i, s in enumerate(SHAPES)]
+    empty = [torch.randn(s).to(dtypes[i // 2 % len(dtypes)]) for i, s in enumerate(SHAPES)]
+    return trace, empty
+
+
+def exactly(trace, empty, alpha):
+    """(blend, sums) in float64."""
+    wide = [t.to(torch.float64, copy=True) for t in trace]
+    return wide, reference.blend_gradients_(wide, [e.double() for e in empty], alpha)
+
+
+@pytest.mark.parametrize("alpha", (0.5, 0.3, 1.0, 0.0, -0.25, 1.5))
+@pytest.mark.parametrize("dtypes", (DTYPES, (torch.float32,), (torch.bfloat16,)), ids=str)
+def test_values_and_statistics_against_float64(seed, backend, dtypes, alpha):
+    trace, empty = draw(dtypes)
+    before, kept = [t.clone() for t in trace], [e.clone() for e in empty]
+    exact, sums = exactly(trace, empty, alpha)
+    stats = K.blend_gradients(trace, empty, alpha)
+    for ours, truth, t, e in zip(trace, exact, before, kept):
+        size = abs(alpha) * t.double().abs() + abs(1 - alpha) * e.double().abs()
+        own = 2**-8 * truth.abs() if t.dtype == torch.bfloat16 else 0.0
+        assert ((ours - truth).abs() <= 1.01 * own + 2**-22 * size).all()
+    assert all(torch.equal(a, b) for a, b in zip(empty, kept))
+    sizes = torch.stack(
+        [
+            exactly([x.abs() for x in a], [x.abs() for x in b], 0)[1][2]
+            for a, b in ((before, before), (kept, kept), (before, kept))
+        ]
+    )
+    assert ((torch.stack(stats[:3]) - sums[:3]).abs() <= 1e-6 * sizes).all()
+    assert all(s.dtype == torch.float64 and s.ndim == 0 for s in stats[:3])
+    assert stats.finite.dtype == torch.bool and stats.finite
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_worse_than_foreach(seed, dtype):
+    trace, empty = [torch.randn(70_000).to(dtype)], [torch.randn(70_000).to(dtype)]
+    exact, sums = exactly(trace, empty, 0.3)
+    theirs = torch._foreach_add(torch._foreach_mul(trace, 0.3), empty, alpha=0.7)
+    dot = (trace[0] * empty[0]).sum()
+    stats = K.blend_gradients(trace, empty, 0.3)
+    assert (trace[0] - exact[0]).norm() <= (theirs[0] - exact[0]).norm() * 1.001
+    assert abs(stats.dot - sums[2]) <= abs(dot - sums[2]) + 1e-6 * sums[0]
+
+
+def test_the_ends_are_exact(seed, backend):
+    trace, empty = draw()
+    before = [t.clone() for t in trace]
+    K.blend_gradients(trace, empty, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(trace, before))
+    K.blend_gradients(trace, empty, 0.0)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(trace, empty))
+
+
+def test_equals_the_gradient_of_the_weighted_loss(seed):
+    model = torch.nn.Sequential(torch.nn.Linear(9, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
+    paths = [(torch.randn(12, 9), torch.randint(0, 3, (12,))) for _ in range(2)]
+    losses = [F.cross_entropy(model(x), y) for x, y in paths]
+    together = torch.autograd.grad(0.3 * losses[0] + 0.7 * losses[1], list(model.parameters()), retain_graph=True)
+    trace, empty = (list(torch.autograd.grad(loss, list(model.parameters()))) for loss in losses)
+    K.blend_gradients(trace, empty, 0.3)
+    for a, b in zip(trace, together):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("which", (0, 1))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_reported(seed, backend, which, dtype, value):
+    lists = [torch.randn(5).to(dtype), torch.randn(40_000).to(dtype)], [torch.randn(5), torch.randn(40_000)]
+    lists[which][1][33_333] = value
+    exact, _ = exactly(*lists, 0.5)
+    stats = K.blend_gradients(*lists, 0.5)
+    assert not stats.finite
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(lists[0], exact))
+
+
+def test_squares_may_overflow_while_the_gradients_are_finite(backend):
+    stats = K.blend_gradients([torch.full((100,), 1e30)], [torch.ones(100)], 0.5)
+    assert stats.finite and stats.trace_sq.isinf() and stats.empty_sq == 100
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float64), ids=str)
+def test_other_dtypes(seed, dtype):
+    trace, empty = draw((dtype, torch.float32))
+    assert dispatch.choose("cpu", {dtype, torch.float32})[0] == "PyTorch"
+    exact, sums = exactly(trace, empty, 0.4)
+    stats = K.blend_gradients(trace, empty, 0.4)
+    for ours, truth in zip(trace, exact):
+        rtol = torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours.double(), truth, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(torch.stack(stats[:3]), sums[:3], rtol=1e-5, atol=1e-5)
+
+
+def test_empty_lists_and_empty_tensors(backend):
+    for lists in (([], []), ([torch.empty(0)], [torch.empty(0, dtype=torch.bfloat16)])):
+        stats = K.blend_gradients(*lists, 0.5)
+        assert [float(x) for x in stats] == [0, 0, 0, 1]
+
+
+def test_what_does_not_fit_is_named_before_anything_is_written(seed, backend):
+    one, two = torch.ones(4, 6), torch.ones(4, 6)
+    cases = [
+        ([one], [two, two], 0.5, "equally many, got 1 and 2"),
+        ([one, one], [two, torch.ones(6, 4)], 0.5, r"empty_grads\[1\] is \(6, 4\), but trace_grads\[1\] is \(4, 6\)"),
+        ([one, torch.ones(6, 4).T], [two, two], 0.5, r"trace_grads\[1\] must be contiguous, got strides \(1, 4\)"),
+        (
+            [one],
+            [torch.ones(4, 6, dtype=torch.int64)],
+            0.5,
+            r"empty_grads\[0\] must be a floating tensor, got torch.int64",
+        ),
+        ([one, None], [two, two], 0.5, r"trace_grads\[1\] must be a floating tensor, got NoneType"),
+        ([one], [torch.ones(4, 6, device="meta")], 0.5, r"empty_grads\[0\] is on meta, but trace_grads\[0\] is on cpu"),
+        ([one], [two], float("nan"), "alpha must be finite, got nan"),
+        ([one], [two], float("inf"), "alpha must be finite, got inf"),
+    ]
+    for trace, empty, alpha, message in cases:
+        with pytest.raises(ValueError, match=message):
+            K.blend_gradients(trace, empty, alpha)
+        assert one.eq(1).all()
+
+
+@built
+@pytest.mark.parametrize("dtypes", (DTYPES, (torch.bfloat16,)), ids=str)
+def test_bits_do_not_depend_on_the_threads(seed, dtypes):
+    trace, empty = draw(dtypes)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            copies = [t.clone() for t in trace]
+            results.append((*K.blend_gradients(copies, empty, 0.3), *copies))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+def test_unaligned_views_give_the_same_bits(seed):
+    for dtype in DTYPES:
+        trace, empty = torch.randn(2, 5000).to(dtype)
+        views = [torch.cat((x.new_zeros(1), x))[1:] for x in (trace, empty)]
+        expected, got = K.blend_gradients([trace], [empty], 0.3), K.blend_gradients([views[0]], [views[1]], 0.3)
+        assert torch.equal(trace, views[0]) and all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@built
+def test_schema_and_fake(seed):
+    op = torch.ops.longtrace.blend_gradients_
+    lists = [torch.randn(5), torch.randn(3, 4).bfloat16()], [torch.randn(5), torch.randn(3, 4)]
+    torch.library.opcheck(op.default, (*lists, 0.3))
+    for bad in (([], []), ([torch.ones(2).half()], [torch.ones(2)]), ([torch.ones(3)], [torch.ones(2)])):
+        with pytest.raises(RuntimeError):
+            op(*bad, 0.5)
