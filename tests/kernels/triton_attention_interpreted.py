@@ -6,11 +6,10 @@ shapes are small and blocks are 16 or 32 wide; the group "shipped" runs the ship
 
 from __future__ import annotations
 
-import sys
 import zlib
 
 import torch
-from triton_cases import case, run_group
+from triton_cases import FAR, case, far_rows, note_error, run_group
 
 from longtrace.kernels.attention import reference
 
@@ -63,6 +62,7 @@ def plain(inputs, up, lengths, lengths_k, options, dtype):
 
 
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
+KERNELS = dict(zip(NAMES, ("forward", "dq", "dk_dv", "dk_dv", "delta")))
 
 
 def check(lengths, options, lengths_k=None, heads=2, kv_heads=1, D=64, DV=None, dtype=torch.float32, seed=None):
@@ -80,6 +80,7 @@ def check(lengths, options, lengths_k=None, heads=2, kv_heads=1, D=64, DV=None, 
         unit = torch.finfo(dtype).eps / 2
         chance = unit * b.norm().item() * min(1.0, 32 / max(b.numel(), 1) ** 0.5)
         error, allowed = (a.double() - b).norm().item(), (c.double() - b).norm().item()
+        note_error(f"attention {KERNELS[name]}", dtype, error, b.norm().item(), allowed)
         # dq of a query with one key is a difference of two equal fp32 sums: 2e-7 is their rounding, per value
         assert error <= allowed + chance + 2e-7 * a.numel() ** 0.5, (
             f"{name} (seed {seed}): {error} > {allowed} + {chance}"
@@ -205,6 +206,49 @@ def repeats_and_packs_alike(options):
         assert same_bits([x[s] for x, s in zip(got, (rows, rows, keys, keys))], alone[:4])
 
 
+def far(x, stride):
+    """x (T, heads, D) with tokens `stride` elements apart; heads are, if it is negative."""
+    x = x.detach()
+    if stride > 0:
+        return far_rows(x.flatten(1), stride).unflatten(1, x.shape[1:])
+    return far_rows(x.transpose(0, 1).flatten(1), -stride).unflatten(1, (-1, x.shape[2])).transpose(0, 1)
+
+
+SPREAD = {  # lengths, elements between tokens (minus: between heads)
+    "tokens": ([18], FAR // 17 // 8 * 8),  # the 17th is past 2^31; within a block of 16 offsets fit
+    "documents": ([1] * 18, FAR // 17 // 8 * 8),
+    "heads": ([3], -FAR // 2),
+}
+
+
+@case("shapes", *((name,) for name in SPREAD))
+def offsets_past_32_bits(name):
+    """Tokens of a document, documents and heads that lie 2.3e9 elements apart give the bits of those side by side."""
+    lengths, stride = SPREAD[name]
+    blocks(16, 16)
+    (q, k, v, sinks), up = make(lengths, lengths, 3, 3, 16, 16, torch.bfloat16, 23)
+    exact = ours([q, k, v, sinks], up, lengths, lengths, {})
+    spread = [far(x, stride).requires_grad_() for x in (q, k, v)]
+    assert same_bits(ours([*spread, sinks], far(up, stride), lengths, lengths, {}), exact)
+
+
+@case("shapes", (torch.float32,), (torch.bfloat16,))
+def row_sums(dtype):
+    """delta_kernel by itself: its result reaches the gradients only mixed with others'."""
+    from longtrace.kernels.attention import cuda
+    from longtrace.kernels.head.triton_rows import launch
+
+    (q, *_), up = make([37], [37], 2, 1, 24, 24, dtype, 29)
+    out, delta = q.detach(), torch.empty(2, 37)
+    launch(
+        cuda.delta_kernel, (3, 2), out, up, delta, 37, 2, 24, *up.stride()[:2], True, BLOCK_DV=32, **cuda.DELTA
+    )  # fmt: skip
+    exact, theirs = ((out.to(d) * up.to(d)).sum(2).T for d in (torch.float64, torch.float32))
+    error, allowed = ((x.double() - exact).norm().item() for x in (delta, theirs))
+    note_error("attention delta", torch.float32, error, exact.norm().item(), allowed)
+    assert error <= allowed + 1e-7 * exact.norm().item()
+
+
 @case("shapes", (1e4,), (-1e4,))
 def an_offset_of_all_scores_changes_nothing(offset):
     """The first place of q and k adds the offset to each score, exactly; values and the gradients of v stay bitwise."""
@@ -311,4 +355,4 @@ def smallest():
 
 
 if __name__ == "__main__":
-    run_group(sys.argv[1], smallest, all="ignore")  # exp of -inf and inf - inf are meant, in rows that see nothing
+    run_group(smallest, all="ignore")  # exp of -inf and inf - inf are meant, in rows that see nothing
