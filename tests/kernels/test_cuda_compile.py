@@ -39,9 +39,7 @@ def resources(kernel: str, arch: str, folder) -> list[dict[str, int]]:
     return [dict(zip(("stack", "stores", "loads", "registers"), map(int, m))) for m in re.findall(pattern, done.stderr)]
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ARCHITECTURES]
-)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", host.KERNELS)
 def test_compiles_without_spills(kernel, arch, tmp_path):
     found = resources(kernel, arch, tmp_path)
