@@ -15,6 +15,7 @@ BENCHES = {
     "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
     "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
     "traffic": "bytes and FLOPs of the head and its peers, counted without a GPU, and the rooflines they predict",
+    "compile_matrix": "registers, spills, shared memory and occupancy of every GPU kernel, compiled for parts that are not here",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -24,7 +25,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, head, attention, traffic, experiments/compressed_sft."""
+    """Which one: sft_throughput, head, attention, traffic, compile_matrix, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -47,7 +48,10 @@ class BenchConfig:
     """Implementations to time (none = all that are installed)."""
     inputs: list[str] | None = None
     """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow).
-    Of attention: one:T, mix:T (60 short documents and a long one), FILE.npz:T (real `lengths`)."""
+    Of attention: one:T, mix:T (60 short documents and a long one), FILE.npz:T (real `lengths`).
+    Of compile_matrix: parts, sm_80 … gfx942."""
+    baseline: bool = False
+    """Of compile_matrix: keep this run's numbers as the committed baseline of its compilers."""
 
 
 def bench(config: BenchConfig) -> None:
