@@ -6,13 +6,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-all sanitize lint format bench clean
+.PHONY: help setup demo test test-all sanitize lint format verify-gpu bench clean
 
 help:
 	@echo "make demo      train a tiny reasoning model on this machine, from nothing, in minutes"
 	@echo "make test      the test suite;  make test-all adds the slow ones"
 	@echo "make setup     only .venv, torch and the extension;  then: .venv/bin/longtrace --help"
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make verify-gpu  the GPU kernels without a GPU: interpreted, compiled for five parts, one table"
 	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
 
 .venv/core: $(SOURCES)
@@ -49,6 +50,9 @@ lint: .venv/dev
 
 format: .venv/dev
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+verify-gpu: .venv/dev
+	@$(BIN)/python tests/kernels/verify_gpu.py
 
 bench: .venv/dev
 	@$(PIP) install --no-build-isolation --editable ".[bench]"
