@@ -71,8 +71,8 @@ def triton_row(case: Case) -> dict:
         extra, shared = {"scalars": scalars}, built.metadata.shared
     else:
         text = built.asm["ptx"]
-        registers, spills, static = cubin_resources(built.asm["cubin"])
-        extra, shared = {"tensor_columns": built.metadata.tmem_size or 0}, built.metadata.shared + static
+        registers, spills = cubin_resources(built.asm["cubin"])
+        extra, shared = {"tensor_columns": built.metadata.tmem_size or 0}, built.metadata.shared
     row |= {"compile_s": seconds[0] if seconds else None}
     return finish(row, text, registers, spills, shared, built.metadata.num_warps, case.product, **extra)
 
@@ -84,15 +84,18 @@ def amd_resources(text: str) -> tuple[int, int, int]:
     )
 
 
-def cubin_resources(cubin: bytes) -> tuple[int, int, int]:
-    """(registers a thread, bytes of local memory a thread, bytes of static shared memory) of a cubin's one kernel."""
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of local memory a thread) of a cubin's one kernel.
+
+    Its SHARED is left alone: Triton has no static shared memory, and from sm_90 on it is what the system reserves.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
 
 
 def finish(row, text: str, registers: int, spills: int, shared: int, warps: int, product: bool, **more: int) -> dict:
