@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-all sanitize lint format verify-gpu bench clean
+.PHONY: help setup demo test test-all sanitize lint format verify-gpu bench bench-gpu clean
 
 help:
 	@echo "make demo      train a tiny reasoning model on this machine, from nothing, in minutes"
@@ -15,6 +15,8 @@ help:
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make verify-gpu  the GPU kernels without a GPU: interpreted, compiled for five parts, one table"
 	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
+	@echo "make bench-gpu on a GPU machine: parity and times of every kernel, ten minutes; ARGS=--dry-run anywhere;"
+	@echo "               PYTHON=python3 make bench-gpu takes that Python's torch and needs no network"
 
 .venv/core: $(SOURCES)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "creating .venv"; $(PYTHON) -m venv --clear .venv || \
@@ -57,6 +59,25 @@ verify-gpu: .venv/dev
 bench: .venv/dev
 	@$(PIP) install --no-build-isolation --editable ".[bench]"
 	@$(BIN)/longtrace bench sft_throughput $(ARGS)
+
+# With PYTHON given, its own torch is used and nothing is fetched; else .venv is.
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(CURDIR)/$(BIN)/python
+bench-gpu: .venv/core
+else
+GPU_PYTHON = $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
+bench-gpu: gpu-install
+endif
+
+.PHONY: gpu-install
+gpu-install:
+	@$(PYTHON) -c "import torch, rich, matplotlib, transformers" || \
+	  { echo "$(PYTHON) has to have torch, transformers, rich and matplotlib; without PYTHON=, make installs them in .venv"; exit 1; }
+	@echo "building longtrace for $(PYTHON), with what it has"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+
+bench-gpu:
+	@mkdir -p runs && cd runs && $(GPU_PYTHON) -c "from longtrace.bench.gpu import main; main()" --out bench-gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/*.so

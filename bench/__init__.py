@@ -6,9 +6,12 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from longtrace.trainer.config import Refusal
+
+try:
+    import tyro  # the annotations below are read by the command line alone
+except ModuleNotFoundError:  # a GPU machine that has torch and little else: `make bench-gpu` does without
+    tyro = None
 
 BENCHES = {
     "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
@@ -16,6 +19,7 @@ BENCHES = {
     "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
     "traffic": "bytes and FLOPs of the head and its peers, counted without a GPU, and the rooflines they predict",
     "compile_matrix": "registers, spills, shared memory and occupancy of every GPU kernel, compiled for parts that are not here",
+    "gpu": "parity and times of everything on this GPU beside its peers (make bench-gpu)",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -25,7 +29,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, head, attention, traffic, compile_matrix, experiments/compressed_sft."""
+    """Which one: sft_throughput, head, attention, traffic, compile_matrix, gpu, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -45,7 +49,9 @@ class BenchConfig:
     threads: int = 0
     """Threads of every process (0 = the cores this one may use)."""
     impls: list[str] | None = None
-    """Implementations to time (none = all that are installed)."""
+    """Implementations to time (none = all that are installed). Of gpu: parts."""
+    dry_run: bool = False
+    """Of gpu: all parts at tiny shapes on the CPU, to see that they run."""
     inputs: list[str] | None = None
     """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow).
     Of attention: one:T, mix:T (60 short documents and a long one), FILE.npz:T (real `lengths`).

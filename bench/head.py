@@ -269,19 +269,29 @@ def write_reference(job: dict) -> dict:
     from . import head_inputs
 
     h, w, y = _load(job)
-    T, V = len(h), len(w)
-    c = {kind: head_inputs.coefficients(kind, T).double() for kind in job["kinds"]}
+    c = {kind: head_inputs.coefficients(kind, job["T"]) for kind in job["kinds"]}
+    truth = exact(h, w, y, c)
+    torch.save({k: v.float() if k.startswith("d") and v.is_floating_point() else v for k, v in truth.items()},
+               job["reference"])  # fmt: skip
+    return {"dropped": truth["dropped"].double().mean().item()}
+
+
+def exact(h, w, y, coefficients: dict) -> dict:
+    """What `compare` wants, in float64 on h's device: log_prob, which rows are dropped, y, and by kind c, dh and dw."""
+    import torch
+
+    c = {kind: values.double().to(h.device) for kind, values in coefficients.items()}
     w = w.double()
-    log_prob, largest = torch.empty(T, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
-    dh = {kind: torch.empty(h.shape, dtype=torch.float64) for kind in c}
+    log_prob, largest = w.new_empty(len(h)), w.new_zeros(len(w))
+    dh = {kind: w.new_empty(h.shape) for kind in c}
     dw = {kind: torch.zeros_like(w) for kind in c}
-    for rows in torch.arange(T).split(512):
+    for rows in torch.arange(len(h), device=h.device).split(512):
         x = h[rows].double()
         log_p = (x @ w.T).log_softmax(1)
         log_prob[rows] = log_p.gather(1, y[rows, None])[:, 0]
         p = log_p.exp_()
         largest = torch.maximum(largest, p.amax(0))
-        p[torch.arange(len(rows)), y[rows]] -= 1
+        p[torch.arange(len(rows), device=h.device), y[rows]] -= 1
         for kind, weights in c.items():
             alive = weights[rows].nonzero()[:, 0]
             dz = p[alive] * weights[rows][alive, None]
@@ -289,9 +299,8 @@ def write_reference(job: dict) -> dict:
             dw[kind].addmm_(dz.T, x[alive])
     dropped = largest < EPS
     dropped[y] = False
-    torch.save({"log_prob": log_prob, "dropped": dropped, "y": y, **{f"dh/{k}": v.float() for k, v in dh.items()},
-                **{f"dw/{k}": v.float() for k, v in dw.items()}, **{f"c/{k}": v for k, v in c.items()}}, job["reference"])  # fmt: skip
-    return {"dropped": dropped.double().mean().item()}
+    return {"log_prob": log_prob, "dropped": dropped, "y": y, **{f"dh/{k}": v for k, v in dh.items()},
+            **{f"dw/{k}": v for k, v in dw.items()}, **{f"c/{k}": v for k, v in c.items()}}  # fmt: skip
 
 
 def compare(result: tuple, reference: dict | None, kind: str) -> dict:

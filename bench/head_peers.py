@@ -6,7 +6,9 @@ it uses its own mean, which is c = 1/T ("ones"), and refuses the other kinds. Ba
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -89,6 +91,43 @@ def liger_grpo(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Result:
     return loss(h[None], w, y[None], mask, advantage)[0], None, {}
 
 
+@functools.cache
+def _compiled():
+    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="none"))
+
+
+def eager_compiled(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Result:
+    nll = _compiled()(h, w, y)
+    return (c * nll).sum(), -nll, {}
+
+
+def cce_kernel(h: Tensor, w: Tensor, y: Tensor, c: Tensor, filter_eps: str | None) -> Result:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(h, w, y, reduction="none", impl="cce", filter_eps=filter_eps)
+    return (c * nll).sum(), -nll, {}
+
+
+def liger(h: Tensor, w: Tensor, y: Tensor, c: Tensor, **options) -> Result:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    known = list(inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters.values())[4:]
+    if unknown := set(options) - {p.name for p in known}:
+        raise TypeError(f"this liger-kernel has no {', '.join(unknown)}")
+    # a Function takes no keywords
+    return (
+        LigerFusedLinearCrossEntropyFunction.apply(h, w, y, *(options.get(p.name, p.default) for p in known))[0],
+        None,
+        {},
+    )
+
+
+def quack(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Result:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(h, w, y, reduction="mean"), None, {}
+
+
 def trl(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Result:
     from trl.kernels import ChunkedLogProbFunction
 
@@ -150,12 +189,25 @@ SWEEP = {
     if (eps, rank) != (12, 64)
 }
 IMPLS |= SWEEP
+# what needs CUDA, or Triton's interpreter (`make bench-gpu`)
+GPU = {
+    "eager-compiled": Impl("torch compiled", "linear + cross_entropy", eager_compiled, 3, logits=6, slow_start=True),
+    "liger": Impl("Liger", "LigerFusedLinearCrossEntropy", liger, 3, "liger_kernel.ops", weighted=False,
+                  note="no per-token weights: mean"),
+    "liger-wide": Impl("Liger, our workspace, fp32 dW", "LigerFusedLinearCrossEntropy", liger, 3, "liger_kernel.ops",
+                       weighted=False, options={"chunk_mem_const": 16, "accum_dtype": torch.float32}),
+    "cce-exact": Impl("CCE exact", "linear_cross_entropy", cce_kernel, 4, "cut_cross_entropy",
+                      options={"filter_eps": None}),
+    "cce-filtered": Impl("CCE filtered", "linear_cross_entropy", cce_kernel, 2.2, "cut_cross_entropy",
+                         options={"filter_eps": "high"}),
+    "quack": Impl("QuACK", "chunked_linear_cross_entropy", quack, 3, "quack.linear_cross_entropy", weighted=False),
+}  # fmt: skip
 CORE = ["gemms", "eager", "exact", "exact-log-prob", "compressed", "compressed-log-prob"]
 
 
 def missing(key: str) -> str | None:
     """Why this implementation cannot run here, in a sentence; None if it can. Imports it, and runs ours once, tiny."""
-    impl = IMPLS[key]
+    impl = (IMPLS | GPU)[key]
     try:
         importlib.import_module(impl.needs)
     except Exception as error:
@@ -171,7 +223,7 @@ def missing(key: str) -> str | None:
 
 def run(key: str, h: Tensor, w: Tensor, y: Tensor, c: Tensor, *, between: Callable[[], None] = lambda: None) -> tuple:
     """Forward and backward once: (loss, log_probs or None, dh, dw, stats); `between` is called before the backward."""
-    impl = IMPLS[key]
+    impl = (IMPLS | GPU)[key]
     h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
     loss, log_prob, stats = impl.run(h, w, y, c, **impl.options)
     between()

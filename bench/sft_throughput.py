@@ -174,22 +174,30 @@ def _model(config: BenchConfig, folder: Path) -> tuple[Path, str]:
         if not (Path(config.model) / "config.json").is_file():
             raise Refusal(f"--model {config.model}: found no config.json there; accepted: a Hugging Face model folder")
         return Path(config.model).resolve(), f"weights of {Path(config.model).resolve().name}"
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    shape = TINY if config.quick else SMOLLM2_135M
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(torch.bfloat16)
-    model.save_pretrained(folder / "model")
-    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer.save_pretrained(folder / "model")
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = random_model(folder / "model", "LlamaConfig", TINY if config.quick else SMOLLM2_135M)
     return folder / "model", f"random weights, {size:.1f}M parameters" + (
         "" if config.quick else " (SmolLM2-135M's shape)"
     )
+
+
+def random_model(folder: Path, kind: str, shape: dict, device: str = "cpu") -> float:
+    """Writes bf16 random weights of a transformers config class `kind`, with a tokenizer; returns millions of parameters."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def _rows(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -256,6 +264,22 @@ def _measured(marks: list[float], losses: list[float], tokens: list[int], floor:
     }
 
 
+def peak_bytes(device: str) -> int:
+    """The largest memory so far: the device's allocations on CUDA, else what the process holds."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else harness.peak_bytes()
+
+
+def moment(device: str) -> float:
+    """Now, in seconds, all work handed to the device done."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class _Done(Exception):
     """All steps are made."""
 
@@ -270,7 +294,8 @@ def ours(job: dict) -> dict:
     from longtrace.trainer.objectives import SFT
     from longtrace.trainer.source import PackedBatch
 
-    floor = harness.peak_bytes()
+    device = job.get("device", "cpu")
+    floor = peak_bytes(device)
     rows = np.load(job["rows"])
     marks, peaks = [], []
     tokens = max(len(rows[f"ids{step}"]) for step in range(job["steps"]))
@@ -281,8 +306,8 @@ def ours(job: dict) -> dict:
         progress, tokens_per_row = 0.0, tokens
 
         def next(self) -> list[PackedBatch]:
-            marks.append(time.perf_counter())
-            peaks.append(harness.peak_bytes())
+            marks.append(moment(device))
+            peaks.append(peak_bytes(device))
             step = len(marks) - 1
             if step == job["steps"]:
                 raise _Done  # before the run's closing checkpoint, which is not training (TRL's is off too)
@@ -309,7 +334,7 @@ def ours(job: dict) -> dict:
     config = SFTConfig(
         model=job["model"], data=[], out=out, max_tokens=tokens, tokens_per_row=tokens, tokens_per_step=tokens,
         steps=job["steps"] + 1, lr=LR, schedule="constant", warmup=0, betas=BETAS, adam_eps=EPS, weight_decay=0.0,
-        clip=CLIP, dtype="bf16", activation_checkpointing="off", device="cpu", rope="none",
+        clip=CLIP, dtype="bf16", activation_checkpointing="off", device=device, rope="none",
     )  # fmt: skip
     model = load_model(config)
     if job["impl"] == "longtrace-checkpointing":
@@ -327,7 +352,8 @@ def trl(job: dict) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    floor = harness.peak_bytes()
+    device = job.get("device", "cpu")
+    floor = peak_bytes(device)
     rows = np.load(job["rows"])
     autocast = job["impl"] == "trl-autocast"
     examples = []
@@ -341,15 +367,15 @@ def trl(job: dict) -> dict:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            marks.append(time.perf_counter())
+            marks.append(moment(device))
 
         def on_step_end(self, args, state, control, **_):
-            marks.append(time.perf_counter())
-            peaks.append(harness.peak_bytes())
+            marks.append(moment(device))
+            peaks.append(peak_bytes(device))
 
     # use_cpu with bf16=True means autocast over fp32 weights; without it the weights' own bf16 is the compute dtype
     arguments = SFTConfig(
-        output_dir=str(Path.cwd() / "out"), use_cpu=True, bf16=autocast, fp16=False,
+        output_dir=str(Path.cwd() / "out"), use_cpu=device == "cpu", bf16=autocast, fp16=False,
         gradient_checkpointing=job["impl"] == "trl-checkpointing",
         per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=job["steps"],
         learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
