@@ -191,7 +191,7 @@ def pictures(out: Path, rows: list[dict], name: str) -> list[Path]:
         panels = []
         for case in dict.fromkeys(r["case"] for r in here):
             these = [r for r in here if r["case"] == case]
-            panels.append((f"{case}: ms", these, "ms", ",.3g"))
+            panels.append((f"{case}: ms", these, "ms", ",.2f"))
         if panels:
             drawn.append(harness.bar_picture(out / f"{part}.png", f"{part}: {PARTS[part].what}", panels[:4], name))
     both = [r for r in rows if r.get("ms") and r.get("predicted_ms")]

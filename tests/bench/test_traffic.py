@@ -187,7 +187,8 @@ def test_matrix_passes_of_the_exact_head_by_hand(heads):
     last = (4 + 4 + 4 + 2) * (V + T) * H  # times upstream in fp32, then rounded
     # gathered (2 + 2), multiplied (2), dh out, scaled and put in place (4, 4 + 4, 4 + 4), h scaled for dW (2 + 4, 4 + 2, 2)
     rows = (2 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 2 + 4 + 4 + 2 + 2 + 4) * T * H  # and dh set to zero (4) once
-    assert 0 <= found["bytes"] - (logits + weights + last + rows) < 500 * T
+    # the smallest matrix pass is 2 T H bytes: half of that is room for vectors, and for no pass forgotten
+    assert 0 <= found["bytes"] - (logits + weights + last + rows) < T * H
 
 
 @pytest.mark.slow
