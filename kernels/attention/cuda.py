@@ -51,7 +51,7 @@ SIZES: dict[tuple[str, str, int], dict[str, dict[str, int]]] = {
     ("forward", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
     ("forward", "fp32", 128): {"any": _sizes(32, 16, 8, 1)},
     ("forward", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
-    ("dk_dv", "fp32", 64): {"any": _sizes(16, 32, 8, 1)},
+    ("dk_dv", "fp32", 64): {"any": _sizes(32, 16, 8, 1)},
     ("dk_dv", "fp32", 128): {"any": _sizes(16, 16, 8, 1)},
     ("dk_dv", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
     ("dq", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
