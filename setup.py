@@ -29,6 +29,7 @@ KINDS = {  # of units, and the instruction sets that each has one for
     "tile": list(UNITS),
     "layers": [unit for unit in UNITS if unit != "amx"],  # no products in them
     "blend": ["baseline", "avx2", "avx512"],  # its bf16 keeps subnormals
+    "decode": ["baseline", "avx2", "avx512"],  # memory sets its pace
 }
 FLAGS = {f"csrc/cpu/{kind}_{unit}.cpp": UNITS[unit] for kind, units in KINDS.items() for unit in units}
 COMMON = [
@@ -70,6 +71,7 @@ def extensions() -> list[Extension]:
                 "csrc/advantage_ops.cpp",
                 "csrc/blend_ops.cpp",
                 "csrc/cpu/blend.cpp",
+                "csrc/cpu/decode.cpp",
                 *(f"csrc/cpu/{kind}_{unit}.cpp" for kind, some in KINDS.items() for unit in units if unit in some),
             ],
             depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],

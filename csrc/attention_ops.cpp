@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/attention.h"
+#include "cpu/decode.h"
 
 namespace longtrace {
 namespace {
@@ -88,6 +89,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, delta};
 }
 
+// out (T, heads, Dv): attention of documents of one query at most, whose keys and values may be views of larger rows
+Tensor attention_decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts_q, const Tensor& starts_k, double scale, double softcap,
+    int64_t left, const std::optional<Tensor>& sinks) {
+  const Dtype dtype = dtype_of(q, "q");
+  for (const Tensor* x : {&q, &k, &v})
+    STD_TORCH_CHECK(
+        x->dim() == 3 && x->is_contiguous() && x->scalar_type() == q.scalar_type() && x->size(2) <= 256,
+        "q, k and v must be contiguous (tokens, heads, width), width up to 256, of one dtype");
+  STD_TORCH_CHECK(
+      k.size(0) == v.size(0) && k.size(1) == v.size(1) && q.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0 &&
+          starts_q.size(0) == starts_k.size(0),
+      "q, k, v and their documents do not fit");
+  const int64_t *at_q = offsets(starts_q, q.size(0), "starts_q"), *at_k = offsets(starts_k, k.size(0), "starts_k");
+  const int64_t heads = q.size(1), kv_heads = k.size(1), D = q.size(2), Dv = v.size(2), size = dtype == Dtype::bf16 ? 2 : 4;
+  const int64_t group = heads / kv_heads;
+  const float* sink = vector(sinks, heads, "sinks");
+  std::vector<int64_t> documents;
+  for (int64_t i = 0; i + 1 < starts_q.size(0); ++i) {
+    STD_TORCH_CHECK(at_q[i + 1] - at_q[i] <= 1, "document ", i, " has more than one query");
+    if (at_q[i + 1] > at_q[i]) documents.push_back(i);
+  }
+  Tensor out = torch::stable::new_empty(q, {q.size(0), heads, Dv});
+  const char *q_data = static_cast<const char*>(q.const_data_ptr()), *k_data = static_cast<const char*>(k.const_data_ptr()),
+             *v_data = static_cast<const char*>(v.const_data_ptr());
+  char* out_data = static_cast<char*>(out.mutable_data_ptr());
+  const DecodeKernel kernel = decode_kernel();
+  for_pieces(int64_t(documents.size()) * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t document = documents[n / kv_heads], kv = n % kv_heads, row = at_q[document] * heads + kv * group;
+      int64_t first = at_k[document], last = at_k[document + 1];
+      if (left >= 0) first = std::max(first, last - 1 - left);
+      const int64_t key = first * kv_heads + kv;
+      kernel({q_data + row * D * size, k_data + key * D * size, v_data + key * Dv * size, out_data + row * Dv * size, dtype, group, D,
+              Dv, last - first, kv_heads * D, kv_heads * Dv, float(scale), float(softcap), sink ? sink + kv * group : nullptr});
+    }
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace longtrace
 
@@ -96,11 +137,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longtrace, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor starts_q, Tensor starts_k, float scale, float softcap, bool causal, "
       "int left, int right, Tensor? sinks) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor starts_q, Tensor starts_k, float scale, float softcap, int left, "
+      "Tensor? sinks) -> Tensor");
+  m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor reference, Tensor log_sum, "
       "Tensor starts_q, Tensor starts_k, float scale, float softcap, bool causal, int left, int right) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longtrace, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&longtrace::attention_forward));
+  m.impl("attention_decode", TORCH_BOX(&longtrace::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&longtrace::attention_backward));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -34,6 +35,8 @@ def varlen_attention(
     for any number of threads. Saved for the backward: the inputs, the output and two fp32 numbers a row and head.
     """
     width, dtype = v.shape[2], q.dtype
+    if dtype != torch.float16 and _decodes(q, k, v, sinks, starts_q):
+        return decode(q, k, v, starts_q, starts_k, scale, window, softcap, sinks)
     native = torch.bfloat16 if extension.BF16_OPERANDS and dtype == torch.bfloat16 else torch.float32
     q, k, v = (_whole_panels(x.to(native)).contiguous() for x in (q, k, v))
     starts = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (starts_q, starts_k)]
@@ -41,6 +44,34 @@ def varlen_attention(
     sinks = None if sinks is None else sinks.float().contiguous()
     out = TileAttention.apply(q, k, v, sinks, *starts, scale, softcap or 0.0, causal, *window)
     return out[..., :width].to(dtype)
+
+
+def _decodes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, starts_q: list[int]) -> bool:
+    """One query a document at most, and no gradient asked for: what decoding asks."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        return False
+    return q.shape[0] > 0 and all(b - a <= 1 for a, b in itertools.pairwise(starts_q))
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: list[int],
+    starts_k: list[int],
+    scale: float,
+    window: tuple[int, int],
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(T, heads, Dv) where each document has one query, its last position, at most; bf16 or fp32, any head dim.
+
+    Every key that is seen is read once; a document without a query costs nothing, so gaps in a cache are free.
+    """
+    starts = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (starts_q, starts_k)]
+    sinks = None if sinks is None else sinks.float().contiguous()
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return torch.ops.longtrace.attention_decode(q, k, v, *starts, scale, softcap or 0.0, min(window[0], FAR), sinks)
 
 
 def _whole_panels(x: Tensor) -> Tensor:
