@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # a GPU machine that has torch and little else: `ma
 
 BENCHES = {
     "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
+    "grpo": "rollouts beside transformers' generate, GRPO steps beside TRL's, tokens per second and memory",
     "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
     "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
     "traffic": "bytes and FLOPs of the head and its peers, counted without a GPU, and the rooflines they predict",
@@ -29,7 +30,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, head, attention, traffic, compile_matrix, gpu, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, head, attention, traffic, compile_matrix, gpu, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None

@@ -303,9 +303,9 @@ def ours(job: dict) -> dict:
     class Replay:
         """A Source of the given rows that notes the time between steps and stops after the last."""
 
-        progress, tokens_per_row = 0.0, tokens
+        progress, tokens_per_row, metrics = 0.0, tokens, {}
 
-        def next(self) -> list[PackedBatch]:
+        def next(self, say) -> list[PackedBatch]:
             marks.append(moment(device))
             peaks.append(peak_bytes(device))
             step = len(marks) - 1
@@ -326,7 +326,10 @@ def ours(job: dict) -> dict:
         def state_dict(self) -> dict:
             return {}
 
-        def load_state_dict(self, state: dict) -> None:
+        def tensors(self) -> dict:
+            return {}
+
+        def load_state_dict(self, state: dict, tensors: dict) -> None:
             pass
 
     out = Path.cwd() / "out"

@@ -27,6 +27,7 @@ COMMANDS = {
     ),
     "prepare": (".prepare", "PrepareConfig", "prepare", "audit traces: what would be lost, what would be learned"),
     "sft": (".train", "SFTConfig", "sft", "fine-tune a model on packed traces"),
+    "grpo": (".grpo", "GRPOConfig", "grpo", "reinforcement learning on problems whose answers can be checked"),
     "evaluate": (".evaluate", "EvaluateConfig", "evaluate", "solved rate of a model on problems, by generation"),
     "generate": (".generate", "GenerateConfig", "generate", "answer a prompt with a trained folder"),
     "export": (".export", "ExportConfig", "export", "one Hugging Face folder from a run or checkpoint (merges LoRA)"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -65,6 +68,42 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # the rate lies within, rounding or not
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The probability that one of k samples is right, unbiased from num_samples of which num_correct are.
+
+    Chen et al. 2021, arXiv:2107.03374, eq. 1. Raises ValueError unless 0 <= num_correct <= num_samples >= k >= 1.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(
+            f"pass@{k} of {num_samples} samples, {num_correct} right: needs 1 <= k <= samples, right <= samples"
+        )
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def cons_at_k(
+    answers: Sequence[str | None], gold: str, k: int, generator: random.Random | None = None, draws: int = 1000
+) -> float:
+    """The probability that the majority of k answers, drawn without replacement, is `gold`; None votes for nothing.
+
+    Tied answers share the vote. With k = len(answers) the value is exact, else the mean of `draws` draws of `generator`
+    (none: seed 0). Source: Wang et al. 2023 (self-consistency), arXiv:2203.11171; R1 calls it cons@k. Raises ValueError
+    for k outside 1 to len(answers).
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"cons@{k} of {len(answers)} answers: accepted: 1 to {len(answers)}")
+
+    def share(chosen: Sequence[str | None]) -> float:
+        votes = Counter(a for a in chosen if a is not None)
+        most = max(votes.values(), default=0)
+        winners = [answer for answer, n in votes.items() if n == most]
+        return (gold in winners) / max(len(winners), 1)
+
+    if k == len(answers):
+        return share(answers)
+    generator = generator or random.Random(0)
+    return sum(share(generator.sample(list(answers), k)) for _ in range(draws)) / draws
 
 
 def is_right(row: Row, completion: str) -> bool:

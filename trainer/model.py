@@ -69,13 +69,7 @@ class Model:
 
     def head(self) -> Head:
         """The head as plain tensors; read anew at every use, since the weights change in place."""
-        output, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
-        if not isinstance(output, nn.Linear):
-            raise Refusal(
-                f"the output head is a {type(output).__name__}; the fused head takes a plain nn.Linear: merge adapters first"
-            )
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+        return head_of(self.base)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """(N, H) final hidden states at the supervised positions of the packed row."""
@@ -90,6 +84,17 @@ class Model:
                 max_length_k=batch.max_seqlen,
             ).last_hidden_state
         return states[0][batch.labels != IGNORE]
+
+
+def head_of(hf: PreTrainedModel) -> Head:
+    """The vocabulary projection of a model as plain tensors. Raises Refusal where it is not an nn.Linear."""
+    output, config = hf.get_output_embeddings(), hf.config.get_text_config()
+    if not isinstance(output, nn.Linear):
+        raise Refusal(
+            f"the output head is a {type(output).__name__}; the fused head takes a plain nn.Linear: merge adapters first"
+        )
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -424,14 +424,14 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
         "head": m.head,
         "process": m.process,
     }
-    grid.add_row("memory", f"about {_gb(m.peak)} at the peak" + _against(m.peak, model.device))
-    grid.add_row("", ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size))
+    grid.add_row("memory", f"about {size_text(m.peak)} at the peak" + _against(m.peak, model.device))
+    grid.add_row("", ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size))
     other = estimate.peaks[not estimate.checkpointing]
     how, offload = "on" if estimate.checkpointing else "off", config.activation_checkpointing == "offload"
     grid.add_row(
         "",
         f"activation checkpointing {how}{', inputs of layers in host memory' * offload} "
-        f"({_gb(other)} with it {'off' if how == 'on' else 'on'})",
+        f"({size_text(other)} with it {'off' if how == 'on' else 'on'})",
     )
     if estimate.seconds_per_token:
         step_seconds = estimate.seconds_per_token * config.tokens_per_step * source.fill
@@ -444,7 +444,7 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
     return grid
 
 
-def _gb(size: float) -> str:
+def size_text(size: float) -> str:
     if size < 0.1 * GB:
         return f"{size / 1e6:.3g} MB"
     return f"{size / GB:.2f} GB" if size < 10 * GB else f"{size / GB:.1f} GB"
@@ -461,7 +461,7 @@ def _against(peak: float, device: torch.device) -> str:
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
     if not has:
         return ""
-    return f" of {_gb(has)}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
+    return f" of {size_text(has)}" + ("; does not fit: lower --tokens-per-row" if peak > has else "")
 
 
 def gpu_fit(hf: PretrainedConfig, config: TrainConfig, gigabytes: Sequence[int] = (24, 40, 80)) -> list[dict]:

@@ -306,24 +306,24 @@ def sft_report(
     """
     out = Path(out)
     steps, unreadable = read_metrics(out / "metrics.jsonl")
-    config = _read(out / "config.yaml", yaml.safe_load)
-    audit = _read(out / "audit.json", json.loads)
-    environment = _read(out / "environment.json", json.loads)
+    config = read_mapping(out / "config.yaml", yaml.safe_load)
+    audit = read_mapping(out / "audit.json", json.loads)
+    environment = read_mapping(out / "environment.json", json.loads)
     clip = config.get("clip") or None
 
-    sections = [Section("Training", _training(steps, clip), _unreadable_note(unreadable))]
+    sections = [Section("Training", _training(steps, clip), unreadable_note(unreadable))]
     if steps:
-        sections.append(Section("Speed", _speed(steps)))
+        sections.append(Section("Speed", speed(steps)))
     sections += list(extra)
     data = _data(steps, lengths if lengths is not None else audit.get("lengths"), audit)
     if data:
         sections.append(Section("Data", data))
     if config:
         sections.append(
-            Section("Configuration", _config(config), "Marked: what this run set differently from the defaults.")
+            Section("Configuration", config_table(config), "Marked: what this run set differently from the defaults.")
         )
     if environment:
-        sections.append(Section("Environment", table(["what", "value"], _flat(environment))))
+        sections.append(Section("Environment", table(["what", "value"], flat_rows(environment))))
     return write_report(
         out,
         title=title or f"Fine-tuning {Path(str(config.get('model', out.resolve().name))).name}",
@@ -334,7 +334,7 @@ def sft_report(
     )
 
 
-def _read(path: Path, parse: Callable[[str], object]) -> dict:
+def read_mapping(path: Path, parse: Callable[[str], object]) -> dict:
     """A file's mapping; empty when there is none yet."""
     if not path.is_file():
         return {}
@@ -342,28 +342,28 @@ def _read(path: Path, parse: Callable[[str], object]) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _column(steps: list[dict], name: str) -> tuple[list[float], list[float]]:
+def column(steps: list[dict], name: str) -> tuple[list[float], list[float]]:
     """(step numbers, values) where the metric was recorded as a finite number."""
     pairs = [(s.get("step", i + 1), s[name]) for i, s in enumerate(steps) if isinstance(s.get(name), (int, float))]
     pairs = [(x, y) for x, y in pairs if math.isfinite(y)]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _settled(values: list[float]) -> list[float]:
+def settled(values: list[float]) -> list[float]:
     """Without the first step, which pays for warming up, when there are others."""
     return values[1:] if len(values) > 1 else values
 
 
-def _steps_text(steps: list[dict]) -> str:
+def steps_text(steps: list[dict]) -> str:
     return f"{len(steps):,} step{'' if len(steps) == 1 else 's'}"
 
 
 def _lead(steps: list[dict]) -> str:
-    losses = _column(steps, "loss")[1]
+    losses = column(steps, "loss")[1]
     if not losses:
         return "No step has finished yet."
-    tokens, seconds = sum(_column(steps, "tokens")[1]), sum(_column(steps, "dt")[1])
-    text = f"{_steps_text(steps)} over {short_count(tokens)} tokens in {duration_text(seconds)}: "
+    tokens, seconds = sum(column(steps, "tokens")[1]), sum(column(steps, "dt")[1])
+    text = f"{steps_text(steps)} over {short_count(tokens)} tokens in {duration_text(seconds)}: "
     if len(losses) == 1:
         return text + f"loss {losses[0]:.4f}."
     return text + f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}."
@@ -371,30 +371,30 @@ def _lead(steps: list[dict]) -> str:
 
 def _tiles(steps: list[dict]) -> list[Tile]:
     tiles = []
-    if losses := _column(steps, "loss")[1]:
+    if losses := column(steps, "loss")[1]:
         tiles.append(Tile("Loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}" if len(losses) > 1 else "first step"))
-    if evals := _column(steps, "eval_loss")[1]:
+    if evals := column(steps, "eval_loss")[1]:
         tiles.append(Tile("Eval loss", f"{evals[-1]:.4f}", f"best {min(evals):.4f}, from {evals[0]:.4f}"))
-    if rates := _settled(_column(steps, "tok_per_sec")[1]):
-        mfu = _settled(_column(steps, "mfu")[1])
+    if rates := settled(column(steps, "tok_per_sec")[1]):
+        mfu = settled(column(steps, "mfu")[1])
         detail = f"median; {100 * statistics.median(mfu):.0f} % of the matmul peak" if mfu else "median"
         tiles.append(Tile("Tokens per second", number_text(round(statistics.median(rates), 1)), detail))
-    if tokens := _column(steps, "tokens")[1]:
-        supervised = sum(_column(steps, "supervised")[1])
+    if tokens := column(steps, "tokens")[1]:
+        supervised = sum(column(steps, "supervised")[1])
         detail = f"{100 * supervised / sum(tokens):.0f} % supervised" if supervised and sum(tokens) else ""
         tiles.append(Tile("Tokens", short_count(sum(tokens)), detail))
-    if fill := _column(steps, "fill")[1]:
+    if fill := column(steps, "fill")[1]:
         tiles.append(Tile("Packing fill", f"{100 * statistics.mean(fill):.1f} %", "of each row is tokens"))
-    if seconds := _column(steps, "dt")[1]:
-        tiles.append(Tile("Time", duration_text(sum(seconds)), _steps_text(steps)))
+    if seconds := column(steps, "dt")[1]:
+        tiles.append(Tile("Time", duration_text(sum(seconds)), steps_text(steps)))
     return tiles
 
 
-def _unreadable_note(count: int) -> str:
+def unreadable_note(count: int) -> str:
     return f"Left out: {count} line{'s' if count > 1 else ''} of metrics.jsonl that could not be read." if count else ""
 
 
-def _curve(ax: Axes, x: list[float], y: list[float], colour: str, *, smooth: bool = False, label: str = "") -> None:
+def curve(ax: Axes, x: list[float], y: list[float], colour: str, *, smooth: bool = False, label: str = "") -> None:
     """A line; with few points their markers, with many noisy ones a running mean over a faint line."""
     if smooth and len(y) >= 40:
         ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
@@ -415,25 +415,25 @@ def _curve(ax: Axes, x: list[float], y: list[float], colour: str, *, smooth: boo
 
 
 def _training(steps: list[dict], clip: float | None) -> str:
-    x, losses = _column(steps, "loss")
+    x, losses = column(steps, "loss")
     if not losses:
         return paragraph("No step has been recorded.")
 
     def draw_loss(ax: Axes) -> None:
-        eval_x, evals = _column(steps, "eval_loss")
-        _curve(ax, x, losses, BLUE, smooth=True, label="training")
+        eval_x, evals = column(steps, "eval_loss")
+        curve(ax, x, losses, BLUE, smooth=True, label="training")
         if evals:
             ax.plot(eval_x, evals, color=ORANGE, marker="o", markersize=4.5, label="held out")
             ax.legend()
         ax.set_ylabel("nats per token")
 
     def draw_lr(ax: Axes) -> None:
-        _curve(ax, *_column(steps, "lr"), GREEN)
+        curve(ax, *column(steps, "lr"), GREEN)
         ax.set_ylim(bottom=0)
 
     def draw_norm(ax: Axes) -> None:
-        norm_x, norms = _column(steps, "grad_norm")
-        _curve(ax, norm_x, norms, BLUE, smooth=True)
+        norm_x, norms = column(steps, "grad_norm")
+        curve(ax, norm_x, norms, BLUE, smooth=True)
         ax.set_ylim(0, 1.15 * max([*norms, 1e-12]))
         if clip:
             if clip < ax.get_ylim()[1]:
@@ -445,27 +445,27 @@ def _training(steps: list[dict], clip: float | None) -> str:
 
     pictures = [chart(draw_loss, title="Loss", size=(9.2, 3.1))]
     small = []
-    if _column(steps, "lr")[1]:
+    if column(steps, "lr")[1]:
         small.append(chart(draw_lr, title="Learning rate"))
-    if _column(steps, "grad_norm")[1]:
+    if column(steps, "grad_norm")[1]:
         small.append(chart(draw_norm, title="Gradient norm", caption="Before clipping."))
     return "".join(pictures) + (side_by_side(*small) if small else "")
 
 
-def _speed(steps: list[dict]) -> str:
+def speed(steps: list[dict]) -> str:
     def draw(name: str, unit: str, colour: str, scale: float) -> Callable[[Axes], None]:
         def picture(ax: Axes) -> None:
-            x, y = _column(steps, name)
-            _curve(ax, x, [scale * value for value in y], colour, smooth=True)
+            x, y = column(steps, name)
+            curve(ax, x, [scale * value for value in y], colour, smooth=True)
             ax.set_ylim(0, 1.15 * max([*(scale * value for value in y), 1e-12]))
             ax.set_ylabel(unit)
 
         return picture
 
     pictures = []
-    if _column(steps, "tok_per_sec")[1]:
+    if column(steps, "tok_per_sec")[1]:
         pictures.append(chart(draw("tok_per_sec", "tokens per second", BLUE, 1), title="Throughput"))
-    if _column(steps, "mfu")[1]:
+    if column(steps, "mfu")[1]:
         note = "Model FLOPs, recomputation not counted, as a share of the matmul peak measured on this machine."
         pictures.append(chart(draw("mfu", "%", GREEN, 100), title="Model FLOP utilisation", caption=note))
     return side_by_side(*pictures)
@@ -489,10 +489,10 @@ def _data(steps: list[dict], lengths: Sequence[int] | None, audit: dict) -> str:
 
         note = f"{len(values):,} documents; median {middle:,}, 90 % up to {long:,}, longest {values[-1]:,} tokens."
         pictures.append(chart(draw_lengths, title="Document lengths", caption=note))
-    if fill := _column(steps, "fill")[1]:
+    if fill := column(steps, "fill")[1]:
 
         def draw_fill(ax: Axes) -> None:
-            _curve(ax, _column(steps, "fill")[0], [100 * value for value in fill], GREEN)
+            curve(ax, column(steps, "fill")[0], [100 * value for value in fill], GREEN)
             ax.set_ylim(0, 105)
             ax.set_ylabel("%")
 
@@ -506,7 +506,7 @@ def _data(steps: list[dict], lengths: Sequence[int] | None, audit: dict) -> str:
 def _audit(audit: dict) -> str:
     """What became of every row and token, and the checks; the dictionary of `audit.Audit.as_dict`."""
     if not isinstance(audit.get("checks"), dict) or "rows_read" not in audit:
-        return table(["check", "result"], _flat({key: value for key, value in audit.items() if key != "lengths"}))
+        return table(["check", "result"], flat_rows({key: value for key, value in audit.items() if key != "lengths"}))
     rows_read, tokens_read = audit["rows_read"], audit.get("tokens_read", 0)
     handled = {"refuse": "refused", "skip": "skipped", "split": "split"}.get(audit.get("on_too_long"), "")
 
@@ -542,13 +542,13 @@ def _audit(audit: dict) -> str:
     )
 
 
-def _flat(value: dict, prefix: str = "") -> list[tuple[str, object]]:
+def flat_rows(value: dict, prefix: str = "") -> list[tuple[str, object]]:
     """Rows (dotted name, value) of nested mappings; lists are joined, long ones cut with the number left out."""
     rows: list[tuple[str, object]] = []
     for key, item in value.items():
         name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(item, dict):
-            rows += _flat(item, f"{name} · ")
+            rows += flat_rows(item, f"{name} · ")
         elif isinstance(item, (list, tuple)):
             shown = ", ".join(str(part) for part in item[:8])
             rows.append((name, shown + (f" … {len(item) - 8} more" if len(item) > 8 else "")))
@@ -559,7 +559,7 @@ def _flat(value: dict, prefix: str = "") -> list[tuple[str, object]]:
     return rows
 
 
-def _config(config: dict) -> str:
+def config_table(config: dict) -> str:
     defaults = {}
     for field in dataclasses.fields(SFTConfig):
         if field.default is not dataclasses.MISSING:

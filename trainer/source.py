@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,6 +40,33 @@ class PackedBatch:
     @property
     def tokens(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass
+class RolloutBatch(PackedBatch):
+    """A packed row of prompts with their completions. Arrays over its N target tokens, in order; fp32 but `sequence`."""
+
+    advantage: torch.Tensor  # (N,) of the token's completion
+    weight: torch.Tensor  # (N,) the token's share of the loss, before the division by the step's count
+    sequence: torch.Tensor  # (N,) int64: which completion of the row
+    count: float  # the row's share of the step's normaliser
+    old_log_prob: torch.Tensor | None = None  # (N,) at the weights that wrote it; None: today's are those
+    ref_log_prob: torch.Tensor | None = None  # (N,) of the reference model
+    rollout_log_prob: torch.Tensor | None = None  # (N,) as the engine saw it
+
+    ARRAYS = ("advantage", "weight", "sequence", "old_log_prob", "ref_log_prob", "rollout_log_prob")
+
+    def __post_init__(self):
+        super().__post_init__()
+        targets = int((self.labels != IGNORE).sum())
+        for name in self.ARRAYS:
+            array = getattr(self, name)
+            assert array is None or array.shape == (targets,), f"{name}: {tuple(array.shape)}, {targets} target tokens"
+
+    def to(self, device: torch.device) -> RolloutBatch:
+        arrays = {name: getattr(self, name) for name in self.ARRAYS}
+        arrays = {name: None if a is None else a.to(device, non_blocking=True) for name, a in arrays.items()}
+        return RolloutBatch(**vars(super().to(device)), **arrays, count=self.count)
 
 
 def collate(traces: TraceSet, documents: list[int]) -> PackedBatch:
@@ -86,6 +114,7 @@ class TraceSource:
         self.traces, self.documents, self.seed = traces, documents, seed
         self.tokens_per_row, self.rows_per_step = tokens_per_row, rows_per_step
         self.epoch = self.cursor = self.rows_seen = 0
+        self.metrics: dict[str, float] = {}
         self._pack()
         self.rows_in_all = None if epochs is None else max(1, round(len(self.rows) * epochs))
 
@@ -109,7 +138,7 @@ class TraceSource:
         """Steps until `epochs` are done; the last may hold fewer rows, so that no row is seen more often than another."""
         return max(0, -(-(self.rows_in_all - self.rows_seen) // self.rows_per_step))
 
-    def next(self) -> list[PackedBatch]:
+    def next(self, say: Callable[[str], None] = lambda text: None) -> list[PackedBatch]:
         left = self.rows_per_step if self.rows_in_all is None else self.rows_in_all - self.rows_seen
         batches = []
         for _ in range(min(self.rows_per_step, left)):
@@ -144,7 +173,10 @@ class TraceSource:
     def fingerprint(self) -> str:
         return self.traces.fingerprint
 
-    def load_state_dict(self, state: dict):
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         if state["data"] != self.fingerprint:
             raise Refusal(
                 "the data changed since the checkpoint was saved (tokens differ); resume with the same --data, --template, "

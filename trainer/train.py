@@ -41,18 +41,22 @@ console = Console()
 class Source(Protocol):
     """Where steps come from: packed rows of a file, or rollouts of the model itself."""
 
-    def next(self) -> list[PackedBatch]:
-        """The micro-batches of one optimizer step."""
+    def next(self, say: Callable[[str], None]) -> list[PackedBatch]:
+        """The micro-batches of one optimizer step; `say` shows what takes long."""
 
     def steps_left(self) -> int:
         """Steps until the source ends; asked only when the number of steps is not given."""
 
     def state_dict(self) -> dict: ...
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What its state needs that is no JSON; kept by reference until a checkpoint is written."""
+
+    def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None: ...
 
     progress: float  # epochs seen
     tokens_per_row: int
+    metrics: dict[str, float]  # what it has to say about the step it gave last
 
 
 class NonFinite(RuntimeError):
@@ -142,12 +146,12 @@ def restore(
 ) -> dict:
     """Takes everything back from a checkpoint; returns its state. The mapped files are let go when this returns."""
     tensors, state = checkpoint.load(path)
-    source.load_state_dict(state["source"])
     objective.load_state_dict(state["objective"])
-    parts = {"model": {}, "optimizer": {}}
+    parts = {"model": {}, "optimizer": {}, "source": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
+    source.load_state_dict(state["source"], parts["source"])
     masters.load(parts["model"])
     restore_optimizer(optimizer, masters, parts["optimizer"])
     checkpoint.set_rng_state(state["rng"])
@@ -182,7 +186,7 @@ def run(
     steps: int,
     begin: Callable[[], None],
     finish: Callable[[], None],
-    eval_batches: list[PackedBatch] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
     flops_per_token: float = 0.0,
     peak_flops: float = 0.0,
 ) -> RunResult:
@@ -194,9 +198,7 @@ def run(
     checkpoint of the last whole step.
     """
     try:
-        return _run(
-            config, model, source, objective, steps, begin, finish, eval_batches or [], flops_per_token, peak_flops
-        )
+        return _run(config, model, source, objective, steps, begin, finish, evaluate, flops_per_token, peak_flops)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise Refusal(
@@ -207,9 +209,7 @@ def run(
         raise
 
 
-def _run(
-    config, model, source, objective, steps, begin, finish, eval_batches, flops_per_token, peak_flops
-) -> RunResult:
+def _run(config, model, source, objective, steps, begin, finish, evaluate, flops_per_token, peak_flops) -> RunResult:
     out, device = config.out, model.device
     masters = Masters(model, DTYPES[config.dtype])
     optimizer = make_optimizer(config, masters)
@@ -231,6 +231,7 @@ def _run(
         history.sync()  # whoever resumes from here finds every row of metrics up to here
         tensors = {f"model.{name}": master.detach() for name, master in masters.masters.items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(optimizer, masters).items()}
+        tensors |= {f"source.{name}": t for name, t in source.tensors().items()}
         checkpoint.save(out / "checkpoints", boundary["step"], tensors, boundary, keep_last=config.keep_last)
 
     # ---- resume -------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def _run(
             set_lr(optimizer, lr)
 
             # ---- forward and backward, micro-batch by micro-batch; the count is known before the first ---------------
-            batches = source.next()
+            batches = source.next(lambda text: bar.update(task, line=text))
             count = sum(objective.count(batch) for batch in batches)
             loss_sum, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
             for batch in batches:
@@ -310,6 +311,7 @@ def _run(
                 torch.cuda.synchronize()
             dt = time.perf_counter() - tick
             tokens = sum(batch.tokens for batch in batches)
+            supervised = int(sum((batch.labels != IGNORE).sum() for batch in batches))
             row = {
                 "step": step,
                 "loss": loss,
@@ -319,21 +321,22 @@ def _run(
                 "tok_per_sec": tokens / dt,
                 "mfu": tokens / dt * flops_per_token / peak_flops if peak_flops else None,
                 "tokens": tokens,
-                "supervised": int(sum((batch.labels != IGNORE).sum() for batch in batches)),
-                "fill": tokens / (len(batches) * source.tokens_per_row),
+                "supervised": supervised,
+                "fill": tokens / max(len(batches) * source.tokens_per_row, 1),
                 "epoch": source.progress,
                 "seconds": time.perf_counter() - started,
-                **{key: value / max(count, 1) for key, value in metrics.items()},
+                **{key: value / max(supervised, 1) for key, value in metrics.items()},
+                **source.metrics,
             }
 
             # ---- evaluate ----------------------------------------------------------------------------------------------
             due = config.eval_every and step % config.eval_every == 0
-            if eval_batches and (due or step == steps):
-                row["eval_loss"] = evaluate_loss(model, objective, eval_batches)
-                better = best["loss"] is None or row["eval_loss"] < best["loss"]
-                best = (
-                    {"loss": row["eval_loss"], "bad": 0} if better else {"loss": best["loss"], "bad": best["bad"] + 1}
-                )
+            if evaluate and (due or step == steps):
+                found = evaluate()
+                row |= found
+                error = next(iter(found.values()))
+                better = best["loss"] is None or error < best["loss"]
+                best = {"loss": error, "bad": 0} if better else {"loss": best["loss"], "bad": best["bad"] + 1}
                 stopped_early = 0 < config.patience <= best["bad"]
             history.append(row)
             track.log(row, step)
@@ -345,11 +348,11 @@ def _run(
             line = _line(row, steps)
             bar.update(task, completed=step, line=line)
             quiet = time.perf_counter() - last_line < 5
-            if not console.is_terminal and (step in (1, steps) or "eval_loss" in row or not quiet):
+            if not console.is_terminal and (step in (1, steps) or "eval" in line or not quiet):
                 console.print(f"step {step:>{len(str(steps))}}/{steps} | {line}", highlight=False, soft_wrap=True)
                 last_line = time.perf_counter()
     if stopped_early:
-        console.print(f"stopped early: {config.patience} evaluations without an eval loss below {best['loss']:.4f}")
+        console.print(f"stopped early: {config.patience} evaluations without an evaluation below {best['loss']:.4f}")
     finish()
     rows = history.rows()
     return RunResult(out, step, rows[-1]["loss"] if rows else loss, rows)
@@ -395,8 +398,9 @@ def _line(row: dict, steps: int) -> str:
     ]
     if row["mfu"] is not None:
         parts.append(f"mfu {row['mfu']:.0%}")
-    if "eval_loss" in row:
-        parts.append(f"eval {row['eval_loss']:.4f}")
+    if "reward" in row:
+        parts.append(f"reward {row['reward']:.3f}")
+    parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in ("eval_loss", "eval_pass@1") if name in row]
     return " | ".join([*parts, f"epoch {row['epoch']:.2f}"])
 
 
@@ -435,9 +439,12 @@ def sft(config: SFTConfig) -> RunResult | None:
     epochs = None if config.steps else config.epochs
     rows_per_step = config.tokens_per_step // config.tokens_per_row
     source = TraceSource(data, documents, config.tokens_per_row, rows_per_step, config.seed, epochs)
-    eval_batches = []
+    objective, evaluate = SFT(config.head_budget_mb, config.head_grad), None
     if len(held_out):
         eval_batches = TraceSource(held_data or data, held_out, config.tokens_per_row, 1, 0).all_rows()
+
+        def evaluate() -> dict[str, float]:
+            return {"eval_loss": evaluate_loss(model, objective, eval_batches)}
 
     lengths = data.lengths[documents]
     estimate = None
@@ -480,11 +487,11 @@ def sft(config: SFTConfig) -> RunResult | None:
         config,
         model,
         source,
-        SFT(config.head_budget_mb, config.head_grad),
+        objective,
         steps=config.steps,
         begin=begin,
         finish=finish,
-        eval_batches=eval_batches,
+        evaluate=evaluate,
         flops_per_token=estimate.flops_per_token if estimate else 0.0,
         peak_flops=estimate.peak_flops if estimate else 0.0,
     )

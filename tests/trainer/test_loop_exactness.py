@@ -223,7 +223,7 @@ def test_source_resumes_at_its_cursor(seed):
     for _ in range(13):
         one.next()
     two = TraceSource(traces, np.arange(30), 100, 2, seed)
-    two.load_state_dict(one.state_dict())
+    two.load_state_dict(one.state_dict(), {})
     for _ in range(20):
         for a, b in zip(one.next(), two.next(), strict=True):
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)

@@ -1,0 +1,434 @@
+"""GRPO's source of steps: prompts -> a group of completions each -> rewards -> advantages -> packed rows.
+
+A rollout is drawn from the weights as they are, scored, and dealt out over `steps_per_rollout` optimizer steps. Groups
+whose rewards are all equal carry no gradient: they leave before the forward and stay in the denominators.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from longtrace import kernels as K
+
+from .checkpoint import MetricsLog
+from .config import Refusal
+from .model import DTYPES, Model
+from .objectives import token_weights
+from .rollout import Completion, Sampling
+from .rows import Row
+from .source import IGNORE, RolloutBatch
+
+REFLECTION = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.I)  # R1's list
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the model is asked it."""
+
+    tokens: list[int]
+    row: Row
+    thinking: bool | None  # True: the template has opened the thought
+
+    def text_of(self, completion: str) -> str:
+        return "<think>\n" + completion if self.thinking else completion
+
+
+@dataclass
+class Experience:
+    """A prompt with one completion that carries a gradient, on its way into a packed row."""
+
+    prompt: list[int]
+    completion: list[int]
+    advantage: float
+    number: int  # of the prompt in the data
+    rollout_log_prob: np.ndarray  # (completion,) fp32, as the engine saw it
+    old_log_prob: np.ndarray | None = None  # by the trainer, at the weights that wrote it
+    ref_log_prob: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass
+class Step:
+    """What one optimizer step trains on."""
+
+    experiences: list[Experience]
+    counted: list[int]  # lengths of all the completions in the denominators, those without a gradient too
+
+    @cached_property
+    def plain(self) -> dict:
+        """As JSON; made once, however often the loop takes the state."""
+        return {"counted": self.counted, "experiences": [_plain(e) for e in self.experiences]}
+
+
+@dataclass
+class Group:
+    """A prompt's completions, scored."""
+
+    number: int  # of the prompt in the data
+    completions: list[Completion]
+    rewards: np.ndarray  # (n,) NaN: not scored, or masked
+    parts: dict[str, np.ndarray]  # each reward before weighting
+
+    @property
+    def mixed(self) -> bool:
+        scored = self.rewards[np.isfinite(self.rewards)]
+        return len(scored) > 1 and scored.max() > scored.min()
+
+
+Score = Callable[[Sequence[Prompt], Sequence[Completion]], tuple[np.ndarray, dict[str, np.ndarray]]]
+"""(rewards (n,), each part (n,)) of completions and their prompts; NaN where one cannot be scored."""
+
+
+class RolloutSource:
+    """Steps of GRPO over a set of prompts: endless, or until `epochs` passes over the prompts are done."""
+
+    def __init__(self, config, model: Model, engine, prompts: list[Prompt], score: Score):
+        self.config, self.model, self.engine, self.prompts, self.score = config, model, engine, prompts, score
+        self.tokens_per_row = config.tokens_per_row
+        self.epoch = self.cursor = self.rollouts = self.steps = 0
+        self.buffer: list[Step] = []
+        self.metrics: dict[str, float] = {}
+        self.samples: MetricsLog | None = None  # where a few completions of every rollout go
+        self.reference = _frozen_copy(model, DTYPES[config.dtype]) if config.beta and not model.lora else None
+        self._shuffle()
+
+    # ---- the loop's side ------------------------------------------------------------------------------------------
+
+    def next(self, say: Callable[[str], None] = lambda text: None) -> list[RolloutBatch]:
+        """The packed rows of one optimizer step; none when no group of it carries a gradient."""
+        self.metrics = {}
+        if not self.buffer:
+            self.buffer = self._roll_out(say)
+        step, *self.buffer = self.buffer
+        self.steps += 1
+        return self._rows(step)
+
+    def steps_left(self) -> int:
+        asked = math.ceil(self.config.epochs * len(self.prompts) / self.config.prompts_per_rollout)
+        return max(0, asked * self.config.steps_per_rollout - self.steps)
+
+    @property
+    def progress(self) -> float:
+        """Epochs of prompts seen so far."""
+        return self.epoch + self.cursor / len(self.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(np.asarray([len(prompt.tokens), *prompt.tokens], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict:
+        position = {"epoch": self.epoch, "cursor": self.cursor, "rollouts": self.rollouts, "steps": self.steps}
+        return position | {"data": self.fingerprint, "buffer": [step.plain for step in self.buffer]}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds besides: the reference model's weights."""
+        return {} if self.reference is None else dict(self.reference.named_parameters())
+
+    def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        if state["data"] != self.fingerprint:
+            raise Refusal(
+                "the prompts changed since the checkpoint was saved; resume with the same --data, --template and tokenizer, "
+                "or start a new run with another --out"
+            )
+        held = self.tensors()
+        if held.keys() != tensors.keys():
+            raise Refusal("the checkpoint and this run differ in whether there is a reference model; same --beta?")
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(tensors[name])
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.rollouts, self.steps = state["rollouts"], state["steps"]
+        self.buffer = [Step([_experience(e) for e in s["experiences"]], s["counted"]) for s in state["buffer"]]
+        self._shuffle()
+
+    # ---- a rollout ------------------------------------------------------------------------------------------------
+
+    def _shuffle(self) -> None:
+        self.order = np.random.default_rng((self.config.seed, self.epoch)).permutation(len(self.prompts)).tolist()
+
+    def _take(self, n: int) -> list[int]:
+        taken = []
+        while len(taken) < n:
+            if self.cursor == len(self.prompts):
+                self.epoch, self.cursor = self.epoch + 1, 0
+                self._shuffle()
+            taken.append(self.order[self.cursor])
+            self.cursor += 1
+        return taken
+
+    def _roll_out(self, say: Callable[[str], None]) -> list[Step]:
+        config = self.config
+        if (
+            self.reference is not None
+            and config.reference_reset
+            and self.steps
+            and self.steps % config.reference_reset == 0
+        ):
+            with torch.no_grad():
+                for kept, now in zip(self.reference.parameters(), self.model.base.parameters()):
+                    kept.copy_(now)
+        began, written, groups = time.perf_counter(), 0, []
+        for attempt in range(1 + config.resample):
+            missing = config.prompts_per_rollout - sum(g.mixed for g in groups)
+            if attempt and not missing:
+                break
+            fresh = self._generate(self._take(missing if attempt else config.prompts_per_rollout), attempt, say)
+            written += sum(len(c.tokens) for g in fresh for c in g.completions)
+            groups += fresh
+        seconds = time.perf_counter() - began
+        if config.resample:  # the batch is full of mixed groups, where there were enough of them
+            spare = [g for g in groups if not g.mixed]
+            groups = [g for g in groups if g.mixed]
+            groups += spare[: config.prompts_per_rollout - len(groups)]
+        experiences, counted = self._advantages(groups)
+        self.rollouts += 1
+        self._tell(groups, written, seconds)
+        kept = [e for group in experiences for e in group]
+        if config.steps_per_rollout > 1 or config.importance_cap:
+            for e, values in zip(kept, self.log_probs(kept)):
+                e.old_log_prob = values
+        if config.beta:
+            with self._as_reference() as reference:
+                for e, values in zip(kept, self.log_probs(kept, reference)):
+                    e.ref_log_prob = values
+        parts = np.array_split(np.arange(len(groups)), config.steps_per_rollout)
+        return [
+            Step([e for g in part for e in experiences[g]], [n for g in part for n in counted[g]]) for part in parts
+        ]
+
+    def _generate(self, numbers: list[int], attempt: int, say: Callable[[str], None]) -> list[Group]:
+        config = self.config
+        prompts = [self.prompts[n] for n in numbers]
+        ended = tokens = 0
+
+        def progress(completion: Completion) -> None:
+            nonlocal ended, tokens
+            ended, tokens = ended + 1, tokens + len(completion.tokens)
+            say(f"rollout: {ended} of {len(prompts) * config.group_size} completions, {tokens:,} tokens")
+
+        done = self.engine.generate(
+            [p.tokens for p in prompts],
+            sampling_of(config),
+            samples=config.group_size,
+            seed=(config.seed, self.rollouts, attempt),
+            progress=progress,
+        )
+        flat = [(p, c) for p, group in zip(prompts, done) for c in group]
+        rewards, parts = self.score([p for p, _ in flat], [c for _, c in flat])
+        rewards = cut_off_rewards(rewards, np.array([not c.finished for _, c in flat]), config.cut_off)
+        n = config.group_size
+        return [
+            Group(number, group, rewards[i * n : (i + 1) * n], {k: v[i * n : (i + 1) * n] for k, v in parts.items()})
+            for i, (number, group) in enumerate(zip(numbers, done))
+        ]
+
+    def _advantages(self, groups: list[Group]) -> tuple[list[list[Experience]], list[list[int]]]:
+        """For each group: what carries a gradient, and the lengths of what is counted."""
+        config = self.config
+        offsets = np.cumsum([0] + [len(g.rewards) for g in groups])
+        found = K.group_advantages(
+            torch.from_numpy(np.concatenate([g.rewards for g in groups])),
+            offsets.tolist(),
+            scale="none" if config.scale_rewards == "none" else "group_std",
+            baseline=config.baseline,
+        )
+        values, flat = found.values.tolist(), found.degenerate.tolist()
+        needed = bool(config.beta or config.entropy_bonus)  # then a group without advantages still has a gradient
+        experiences, counted = [], []
+        for group, start, degenerate in zip(groups, offsets, flat):
+            masked = np.isnan(group.rewards)
+            counted.append([len(c.tokens) for c, out in zip(group.completions, masked) if not out])
+            experiences.append(
+                [
+                    Experience(
+                        self.prompts[group.number].tokens,
+                        c.tokens,
+                        values[start + i],
+                        group.number,
+                        np.asarray(c.log_probs, dtype=np.float32),
+                    )
+                    for i, c in enumerate(group.completions)
+                    if not masked[i] and (needed or not degenerate)
+                ]
+            )
+        return experiences, counted
+
+    def _rows(self, step: Step) -> list[RolloutBatch]:
+        if not step.experiences:
+            return []
+        weights, share = token_weights(
+            self.config.loss, [len(e.completion) for e in step.experiences], self.config.max_new_tokens
+        )
+        _, total = token_weights(self.config.loss, step.counted, self.config.max_new_tokens)
+        packed = K.pack([len(e) for e in step.experiences], self.tokens_per_row)
+        batches = []
+        for row in packed:
+            _, here = token_weights(
+                self.config.loss, [len(step.experiences[i].completion) for i in row], self.config.max_new_tokens
+            )
+            batches.append(collate([step.experiences[i] for i in row], [weights[i] for i in row], here))
+        batches[0].count += total - share  # what left still counts
+        return batches
+
+    # ---- log-probabilities ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_probs(self, experiences: list[Experience], hf=None) -> list[np.ndarray]:
+        """Of every completion's tokens at the sampling temperature, by the trainer's own forward (or `hf`'s)."""
+        model = self.model if hf is None else Model(hf, self.model.tokenizer, self.model.source, False, "")
+        training = model.hf.training
+        model.hf.eval()
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(experiences)
+        head = model.head()
+        for row in K.pack([len(e) for e in experiences], self.tokens_per_row):
+            batch = collate([experiences[i] for i in row], [1.0] * len(row), 0.0).to(model.device)
+            values = K.linear_log_prob(
+                model.hidden(batch),
+                head.weight,
+                batch.labels[batch.labels != IGNORE],
+                linear_bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                temperature=self.config.temperature,
+                budget_mb=self.config.head_budget_mb or None,
+            ).log_prob.float()
+            lengths = [len(experiences[i].completion) for i in row]
+            for i, part in zip(row, values.cpu().split(lengths)):
+                found[i] = part.numpy()
+        model.hf.train(training)
+        return found
+
+    @contextmanager
+    def _as_reference(self) -> Iterator:
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.model.hf.disable_adapter():
+                yield None
+
+    # ---- what there is to say ---------------------------------------------------------------------------------------
+
+    def _tell(self, groups: list[Group], written: int, seconds: float) -> None:
+        completions = [c for g in groups for c in g.completions]
+        rewards = np.concatenate([g.rewards for g in groups])
+        lengths = np.array([len(c.tokens) for c in completions])
+        constant = [g for g in groups if not g.mixed]
+        right = [g for g in constant if np.nanmax(g.rewards, initial=-math.inf) > 0]
+        texts = [self.model.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+        words = sum(len(text.split()) for text in texts)
+        told = {
+            "reward": _mean(rewards),
+            "reward_std": float(np.nanstd(rewards)) if np.isfinite(rewards).any() else 0.0,
+            "groups_all_right": len(right),
+            "groups_all_wrong": len(constant) - len(right),
+            "groups_mixed": len(groups) - len(constant),
+            "completion_tokens": float(lengths.mean()),
+            "cut_off": float(np.mean([not c.finished for c in completions])),
+            "reflections": 1000 * sum(len(REFLECTION.findall(text)) for text in texts) / max(words, 1),
+            "generated": written,
+            "generate_seconds": seconds,
+            "generate_tok_per_sec": written / seconds,
+        }
+        for name in groups[0].parts:
+            told[f"reward_{name}"] = _mean(np.concatenate([g.parts[name] for g in groups]))
+        if "accuracy" in groups[0].parts:
+            verdicts = np.concatenate([g.parts["accuracy"] for g in groups])
+            told["tokens_right"], told["tokens_wrong"] = _mean(lengths[verdicts == 1]), _mean(lengths[verdicts == 0])
+        self.metrics = {name: value for name, value in told.items() if value is not None}
+        if self.samples:
+            group = groups[0]
+            for i, completion in enumerate(group.completions[:2]):
+                self.samples.append(
+                    {
+                        "step": self.steps + 1,
+                        "problem": str(self.prompts[group.number].row.messages[-1]["content"]),
+                        "completion": self.prompts[group.number].text_of(texts[i]),
+                        "reward": None if math.isnan(group.rewards[i]) else float(group.rewards[i]),
+                        "cut_off": not completion.finished,
+                        "tokens": len(completion.tokens),
+                    }
+                )
+
+
+def sampling_of(config) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k, tuple(config.stop))
+
+
+def cut_off_rewards(rewards: np.ndarray, cut_off: np.ndarray, rule: Literal["penalty", "mask"]) -> np.ndarray:
+    """Rewards (n,) after what becomes of completions that were cut off: those without a reward get 0, or all leave (NaN)."""
+    return np.where(cut_off, math.nan if rule == "mask" else np.nan_to_num(rewards, nan=0.0), rewards)
+
+
+def collate(experiences: list[Experience], weights: list[float], count: float) -> RolloutBatch:
+    """Puts prompts and completions one after another into a packed row; only completions are targets."""
+    lengths = np.array([len(e) for e in experiences])
+    ids = np.concatenate([np.array(e.prompt + e.completion, dtype=np.int64) for e in experiences])
+    ends = np.cumsum(lengths)
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    for e, end in zip(experiences, ends):  # a token's label is the one after it
+        labels[end - len(e.completion) - 1 : end - 1] = e.completion
+    sizes = [len(e.completion) for e in experiences]
+
+    def each(values, dtype=np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), sizes))
+
+    def joined(name: str) -> torch.Tensor | None:
+        arrays = [getattr(e, name) for e in experiences]
+        return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
+
+    return RolloutBatch(
+        torch.from_numpy(ids),
+        torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        int(lengths.max()),
+        torch.from_numpy(labels),
+        [e.number for e in experiences],
+        advantage=each([e.advantage for e in experiences]),
+        weight=each(weights),
+        sequence=each(range(len(experiences)), np.int64),
+        count=count,
+        old_log_prob=joined("old_log_prob"),
+        ref_log_prob=joined("ref_log_prob"),
+        rollout_log_prob=joined("rollout_log_prob"),
+    )
+
+
+ARRAYS = ("rollout_log_prob", "old_log_prob", "ref_log_prob")
+
+
+def _plain(e: Experience) -> dict:
+    """As JSON: a float32 survives the way through Python's repr."""
+    return vars(e) | {name: None if getattr(e, name) is None else getattr(e, name).tolist() for name in ARRAYS}
+
+
+def _experience(plain: dict) -> Experience:
+    arrays = {n: None if plain[n] is None else np.array(plain[n], dtype=np.float32) for n in ARRAYS}
+    return Experience(**plain | arrays)
+
+
+def _frozen_copy(model: Model, dtype: torch.dtype):
+    """The model as it is now, in the compute dtype, without gradients."""
+    reference = copy.deepcopy(model.hf).to(dtype).requires_grad_(False)
+    return reference.eval()
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None

@@ -1,0 +1,320 @@
+"""`longtrace grpo`: reinforcement learning with verifiable rewards (DeepSeek-R1's recipe) on prompts with answers.
+
+longtrace grpo --model DIR --data generated:chain,steps=4,rows=2000 --out runs/rl
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from longtrace import kernels as K
+
+from . import checkpoint, plan, traces
+from .answers import final_answer
+from .config import Refusal, TrainConfig, parse_columns, to_yaml
+from .environment import environment
+from .evaluate import cons_at_k, pass_at_k, prompt_of
+from .experience import Prompt, RolloutSource, sampling_of
+from .grpo_report import grpo_report
+from .model import DTYPES, Model, check_model, checkpoint_activations, load_model
+from .objectives import Divergence, PolicyGradient, PolicyLoss
+from .rewards import Completion as Scored
+from .rewards import Rewards, kind_of
+from .rewards import score as verdicts
+from .rollout import Completion, Engine
+from .train import RunResult, resolve, run
+
+console = Console()
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(TrainConfig):
+    """Group-relative policy optimisation: reinforcement learning on prompts whose answers can be checked."""
+
+    data: list[str]
+    """Prompts: rows with a problem and an answer (file.jsonl, file.parquet, hub/name), generated:chain,steps=4, reasoning_gym:chain_sum."""
+    eval_data: list[str] = field(default_factory=list)
+    """Held-out prompts for pass@1, pass@k and cons@k."""
+    eval_limit: int = 128
+    """Held-out prompts taken, from the first on (0 = all)."""
+    eval_samples: int = 4
+    """Completions of each held-out prompt, at --temperature."""
+    template: str = "auto"
+    """auto = the model's own, or one of ours if it has none; model = its own only; longtrace = one that keeps the thought; or a .jinja file."""
+    columns: list[str] = field(default_factory=list)
+    """Renames fields of the rows: old=new."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, have no answer or are too long (counted) instead of stopping at the first."""
+
+    # rewards
+    reward: list[str] = field(default_factory=lambda: ["accuracy"])
+    """Rewards with weights, summed: accuracy format=0.5 language:en=0.1 module:function (docs/rewards.md lists them)."""
+    cut_off: Literal["penalty", "mask"] = "penalty"
+    """Completions that reach --max-new-tokens: penalty = they are not right; mask = they leave the group and the loss."""
+    scale_rewards: Literal["auto", "group_std", "none"] = "auto"
+    """Divide advantages by the group's standard deviation; auto = yes, but for dr_grpo."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is taken from a reward: the group's mean, or that of the others (RLOO)."""
+
+    # rollouts
+    prompts_per_rollout: int = 16
+    """Prompts of one rollout."""
+    group_size: int = 8
+    """Completions of each prompt."""
+    steps_per_rollout: int = 1
+    """Optimizer steps a rollout is dealt out over; 1 is on-policy."""
+    resample: int = 0
+    """Rounds in which groups with equal rewards are replaced by other prompts' (DAPO's dynamic sampling; 0 = off)."""
+    max_new_tokens: int = 1024
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at it too."""
+    top_p: float = 1.0
+    """Share of the probability mass sampled from."""
+    top_k: int = 0
+    """Tokens sampled from (0 = all)."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion."""
+    slots: int = 128
+    """Completions decoded at once."""
+
+    # objective
+    loss: PolicyLoss = "grpo"
+    """grpo, dr_grpo, dapo, gspo or cispo (docs/grpo.md has the formulas)."""
+    clip_low: float = 0.2
+    """Ratios are clipped below at 1 - this."""
+    clip_high: float = 0.2
+    """Ratios are clipped above at 1 + this (DAPO 0.28, gspo 4e-4, cispo 4)."""
+    clip_ratio: float = 0.0
+    """Largest ratio where the advantage is negative (two-sided clip; 0 = none)."""
+    beta: float = 0.0
+    """Weight of the divergence from the reference model (0 = no reference)."""
+    divergence: Divergence = "k3"
+    """Estimator of the divergence: k1, k2, k3 or weighted_k3."""
+    reference_reset: int = 0
+    """Optimizer steps after which the reference becomes the policy (R1-Zero: 400; 0 = never)."""
+    entropy_bonus: float = 0.0
+    """Weight of the tokens' entropy."""
+    importance_cap: float = 0.0
+    """Largest ratio of the trainer's probability to the engine's (truncated importance sampling; 0 = off)."""
+
+
+RANGES = {
+    "eval_limit": 0, "eval_samples": 1, "prompts_per_rollout": 1, "group_size": 1, "steps_per_rollout": 1,
+    "resample": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "slots": 1,
+    "clip_low": 0, "clip_high": 0, "clip_ratio": 0, "beta": 0, "reference_reset": 0, "importance_cap": 0,
+}  # fmt: skip
+
+
+def check(config: GRPOConfig) -> GRPOConfig:
+    """What `resolve` does, and what GRPO asks besides. Raises Refusal."""
+    for name, low in RANGES.items():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= low):
+            raise Refusal(f"--{name.replace('_', '-')} {value}: accepted: {low} or more")
+    if not 0 < config.top_p <= 1:
+        raise Refusal(f"--top-p {config.top_p}: accepted: above 0, up to 1")
+    if config.temperature == 0:
+        raise Refusal("--temperature 0: a group's completions would all be the same; accepted: above 0")
+    if config.tokens_per_step:
+        raise Refusal("--tokens-per-step: a step of GRPO is --prompts-per-rollout x --group-size / --steps-per-rollout")
+    if config.steps_per_rollout > config.prompts_per_rollout:
+        raise Refusal(
+            f"--steps-per-rollout {config.steps_per_rollout}: accepted: up to --prompts-per-rollout "
+            f"({config.prompts_per_rollout})"
+        )
+    if config.reference_reset and (not config.beta or config.lora_rank):
+        raise Refusal("--reference-reset needs --beta, and all weights trained (no --lora-rank)")
+    if config.patience and not (config.eval_every and config.eval_data):
+        raise Refusal("--patience needs --eval-every and --eval-data")
+    if config.max_new_tokens >= config.max_tokens:
+        raise Refusal(
+            f"--max-new-tokens {config.max_new_tokens:,}: accepted: below --max-tokens ({config.max_tokens:,}), which "
+            "holds prompt and completion"
+        )
+    config = resolve(config)
+    config.tokens_per_step = 0
+    if config.tokens_per_row < config.max_tokens:
+        raise Refusal(
+            f"--tokens-per-row {config.tokens_per_row:,}: accepted: --max-tokens ({config.max_tokens:,}) or more"
+        )
+    if config.scale_rewards == "auto":
+        config.scale_rewards = "none" if config.loss == "dr_grpo" else "group_std"
+    return config
+
+
+def read_prompts(specs: list[str], model: Model, config: GRPOConfig, limit: int = 0) -> list[Prompt]:
+    """The prompts of the sources as the template asks them. Raises Refusal at the first that cannot be used."""
+    bad: list[str] = []
+    rows = chain.from_iterable(
+        traces.read_rows(spec, columns=parse_columns(config.columns), skip_bad_rows=config.skip_bad_rows, bad_rows=bad)
+        for spec in specs
+    )
+    template = traces.chat_template(model.tokenizer, config.template)
+    longest = config.max_tokens - config.max_new_tokens
+    prompts = []
+    for row in islice(rows, limit or None):
+        text = model.tokenizer.apply_chat_template(
+            prompt_of(row), chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(tokens) <= longest:
+            prompts.append(Prompt(tokens, row, text.rstrip().endswith("<think>") or None))
+            continue
+        bad.append(
+            f"{row.where}: a prompt of {len(tokens):,} tokens; accepted: up to {longest:,} (--max-tokens less --max-new-tokens)"
+        )
+        if not config.skip_bad_rows:
+            raise Refusal(bad[-1])
+    if bad:
+        console.print(f"{len(bad):,} rows left out, the first: {bad[0]}", markup=False)
+    if not prompts:
+        raise Refusal(f"--data {' '.join(specs)}: no prompt to train on")
+    return prompts
+
+
+def grpo(config: GRPOConfig) -> RunResult | None:
+    """`longtrace grpo`: samples groups of completions, rewards them, and moves the weights towards the better ones.
+
+    Leaves a Hugging Face folder in config.out. Returns None after `--plan`. Raises Refusal for anything about the input or
+    the arguments that cannot be used.
+    """
+    config = check(config)
+    model = load_model(config)
+    check_model(model)
+    prompts = read_prompts(config.data, model, config)
+    held_out = read_prompts(config.eval_data, model, config, config.eval_limit) if config.eval_data else []
+    rewards = Rewards(config.reward, device=str(model.device))
+    for prompt in [*prompts, *held_out]:
+        if kind_of(prompt.row) is None and ("accuracy" in rewards.weights or prompt in held_out):
+            raise Refusal(f"{prompt.row.where}: nothing to check with; accepted: rows with an answer or tests")
+
+    def scored(asked: Sequence[Prompt], done: Sequence[Completion]) -> list[Scored]:
+        return [
+            Scored(
+                model.tokenizer.decode(c.tokens, skip_special_tokens=True), p.row, c.finished, p.thinking, len(c.tokens)
+            )
+            for p, c in zip(asked, done)
+        ]
+
+    def score(asked: Sequence[Prompt], done: Sequence[Completion]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        found = rewards(scored(asked, done))
+        return found.total, found.parts
+
+    engine = Engine.of(model, config.slots)
+    source = RolloutSource(config, model, engine, prompts, score)
+
+    def evaluate() -> dict[str, float]:
+        done = engine.generate(
+            [p.tokens for p in held_out], sampling_of(config), samples=config.eval_samples, seed=(config.seed, 2**32)
+        )
+        flat = scored([p for p, group in zip(held_out, done) for _ in group], [c for group in done for c in group])
+        return measure(flat, config.eval_samples)
+
+    estimate = None
+    try:
+        lengths = [len(p.tokens) + config.max_new_tokens for p in prompts]
+        estimate = plan.estimate(model, replace(config, tokens_per_step=config.tokens_per_row), lengths)
+        console.print(plan_table(config, model, source, estimate))
+    except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
+        console.print(
+            f"no estimate of memory and time for this model: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            markup=False,
+        )
+    if config.plan:
+        return None
+    if estimate.checkpointing if estimate else config.activation_checkpointing != "off":
+        checkpoint_activations(model, offload=config.activation_checkpointing == "offload")
+
+    def begin() -> None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        files = {
+            "config.yaml": to_yaml(replace(config, resume="")),
+            "environment.json": json.dumps(environment(), indent=1),
+        }
+        for name, text in files.items():
+            checkpoint.write_atomic(config.out / name, text)
+        source.samples = checkpoint.MetricsLog(config.out / "samples.jsonl", source.steps)
+        console.print(K.explain(), highlight=False, markup=False)
+
+    def finish() -> None:
+        template = traces.chat_template(model.tokenizer, config.template)
+        checkpoint.export_model(
+            model.hf, model.tokenizer, config.out, chat_template=template, dtype=DTYPES[config.dtype]
+        )
+
+    objective = PolicyGradient(
+        config.loss, config.clip_low, config.clip_high, config.clip_ratio, config.beta, config.divergence,
+        config.entropy_bonus, config.importance_cap, config.temperature, config.head_budget_mb, config.head_grad,
+    )  # fmt: skip
+    result = run(
+        config, model, source, objective,
+        steps=config.steps, begin=begin, finish=finish, evaluate=evaluate if held_out else None,
+        flops_per_token=estimate.flops_per_token if estimate else 0.0,
+        peak_flops=estimate.peak_flops if estimate else 0.0,
+    )  # fmt: skip
+    page = grpo_report(config.out)
+    console.print(f"model and tokenizer in {config.out}; the run's story in {page}", markup=False, soft_wrap=True)
+    return result
+
+
+def measure(completions: list[Scored], k: int) -> dict[str, float]:
+    """Error (1 - pass@1), pass@1, pass@k and cons@k of k completions a problem, one problem after another, their mean
+    length and the share cut off."""
+    right = np.array([verdict == 1 for verdict in verdicts(completions)]).reshape(-1, k)
+    answers = [final_answer(c.text, c.thinking) for c in completions]
+    votes = [
+        ["right" if ok else answer for ok, answer in zip(row, answers[i * k : (i + 1) * k])]
+        for i, row in enumerate(right)
+    ]
+    return {
+        "eval_error": 1 - float(right.mean()),
+        "eval_pass@1": float(right.mean()),
+        f"eval_pass@{k}": float(np.mean([pass_at_k(k, int(n), k) for n in right.sum(1)])),
+        f"eval_cons@{k}": float(np.mean([cons_at_k(v, "right", k) for v in votes])),
+        "eval_tokens": float(np.mean([c.tokens for c in completions])),
+        "eval_cut_off": float(np.mean([not c.finished for c in completions])),
+    }
+
+
+def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate: plan.Estimate) -> Table:
+    """The plan as a table to print: model, rollouts, memory by purpose."""
+    grid = Table(
+        title="Plan", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 3, 0, 0)
+    )
+    grid.add_column(style="bold")
+    grid.add_column()
+    grid.add_row("model", f"{model.source}: {estimate.parameters:,} parameters, {estimate.trained:,} trained")
+    completions = config.prompts_per_rollout * config.group_size
+    grid.add_row(
+        "rollouts",
+        f"{config.prompts_per_rollout:,} of {len(source.prompts):,} prompts x {config.group_size} completions of up to "
+        f"{config.max_new_tokens:,} tokens, {min(config.slots, completions):,} at once",
+    )
+    dealt = "one step" if config.steps_per_rollout == 1 else f"{config.steps_per_rollout} steps"
+    grid.add_row("steps", f"{config.steps or source.steps_left():,}; a rollout is dealt out over {dealt}")
+    text, size = model.base.config.get_text_config(), DTYPES[config.dtype].itemsize
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    longest = max(len(p.tokens) for p in source.prompts) + config.max_new_tokens
+    cache = 2 * text.num_hidden_layers * kv_heads * width * size * longest * min(config.slots, completions)
+    reference = estimate.parameters * size if source.reference is not None else 0
+    m = estimate.memory
+    parts = {"training": m.peak, "key-value cache": cache, "reference": reference}
+    grid.add_row(
+        "memory",
+        f"at most {plan.size_text(m.peak + cache + reference)}: "
+        + ", ".join(f"{name} {plan.size_text(part)}" for name, part in parts.items() if part),
+    )
+    how = "on" if estimate.checkpointing else "off"
+    grid.add_row("", f"rows of {config.tokens_per_row:,} tokens, activation checkpointing {how}")
+    return grid
