@@ -22,6 +22,11 @@ _HEDGE = re.compile(
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?!\d)|[+-]?\.\d+")
 _MATH = re.compile(r"\$([^$]+)\$|\\\(((?:[^\\]|\\(?!\)))+)\\\)")
 _MARKS = " \t*_`"
+_BASE = re.compile(r"[0-9A-Fa-f]_\{?([0-9]+)")
+_UNIT = re.compile(
+    r"(?<=[0-9.} ])(mm|cm|dm|m|km|in|ft|yd|mi|mg|g|kg|lb|oz|ms|s|min|h|ml|l|L|mL|Hz|kHz|W|kW|J|kJ|N|Pa|V|K)\b"
+)
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|max|min|gcd|det)(?![A-Za-z])")
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}\\]*)\}")
 
@@ -172,7 +177,7 @@ def ascii_digits(text: str) -> str:
 
 
 def canonical(answer: str) -> str:
-    """One spelling for answers that differ in typesetting only: digits, `$`, sizes of brackets, text boxes, spaces."""
+    """One spelling for answers that differ in typesetting only: digits, `$`, brackets, functions, text boxes, spaces."""
     text = ascii_digits(answer).strip().removesuffix(".").strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
@@ -180,7 +185,7 @@ def canonical(answer: str) -> str:
             text = text if opening in inside else inside
     text = _WRAPPED.sub(r"\1", text)
     text = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;:]", "", text.replace("{,}", ","))
-    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
+    text = _FUNCTION.sub(r"\\\1", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
 
 
@@ -192,8 +197,8 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     text = text.lstrip("+-") if text[:2] not in ("--", "-+", "+-", "++") else ""
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text):
         text = text.replace(",", "")
-    if re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text):
-        return sign * Fraction(text), "." in text
+    if re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
+        return sign * Fraction(text), not text.isdigit()
     ratio = re.fullmatch(r"([0-9]+) ?/ ?([0-9]+)", text) or re.fullmatch(
         r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", text
     )
@@ -207,7 +212,8 @@ def compare(answer: str, gold: str) -> bool | None:
 
     The same text is right. Two plain numbers are compared exactly, or, where one has a decimal point, to six decimals and
     five digits (0.333333 is 1/3, 0 is not 0.0000001). A gold answer in words is compared as words: a computer algebra
-    system would take them for products of letters, and "listen" for "silent".
+    system would take them for products of letters, and "listen" for "silent". Several numbers in a chain of equations, and
+    bases or units that differ, are wrong: such a system drops them.
     """
     if not answer or not gold or len(answer) > LONGEST or _depth(answer) > DEEPEST:
         return False
@@ -218,11 +224,23 @@ def compare(answer: str, gold: str) -> bool | None:
         distance = abs(given[0] - wanted[0])
         close = 2_000_000 * distance <= 1 and 100_000 * distance <= abs(wanted[0])
         return distance == 0 or ((given[1] or wanted[1]) and close)
-    if re.search(r"[^\W\d_]{3,}", gold) and not re.search(r"[\d\\^_=+*/<>]", gold):
-        return _words(answer) == _words(gold)
     if re.fullmatch(r"\(?[A-Za-z]\)?", gold) and answer.strip("().") == gold.strip("()"):
         return True  # a choice: B, (B), B.
-    return None
+    if _is_words(gold):
+        return _words(answer) == _words(gold)
+    claimed = {value[0] for part in answer.split("=") if (value := number(part.strip()))}
+    bases, units = ([pattern.findall(text) for text in (answer, gold)] for pattern in (_BASE, _UNIT))
+    base_differs = bases[0] not in ([], ["10"], bases[1])
+    unit_differs = bool(units[0] and units[1] and units[0] != units[1])
+    return False if len(claimed) > 1 or base_differs or unit_differs else None
+
+
+def _is_words(text: str) -> bool:
+    """Whether an answer is prose: letters, three of them in a row, or a short word."""
+    runs = re.findall(r"[^\W\d_]+", text)
+    if re.search(r"[\d\\^_=+*/<>]|sqrt|lcm|abs", text):
+        return False
+    return any(len(run) > 2 for run in runs) or text.strip(" .").lower() in ("no", "am", "pm", "ok")
 
 
 def _depth(text: str) -> int:

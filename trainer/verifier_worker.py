@@ -111,8 +111,9 @@ class Child:
         keeper = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(self.jobs)
-            os.close(self.replies)
+            first, second = sorted((to_child, from_child))  # nothing else is inherited: not the keeper's own channel
+            for start, end in ((3, first), (first + 1, second), (second + 1, 1024)):
+                os.closerange(start, end)
             try:
                 die_with(keeper)
                 self._serve(os.fdopen(to_child, "rb"), from_child, memory_mb)

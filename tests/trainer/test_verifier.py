@@ -80,6 +80,19 @@ def delta(pool, jobs):
         ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\frac{\\pi}{2})", 1.0),
         ("x=3", "3", 1.0),
         ("silent", "listen", 0.0),
+        ("on", "no", 0.0),
+        ("\\sin x", "sin x", 1.0),
+        ("2+1=3", "3", 1.0),
+        ("3=4", "4", 0.0),
+        ("3=x=4", "4", 0.0),
+        ("12_8", "12", 0.0),
+        ("12_8", "12_9", 0.0),
+        ("12_8", "12_{8}", 1.0),
+        ("12_{10}", "12", 1.0),
+        ("5\\text{ km}", "5\\text{ cm}", 0.0),
+        ("5\\text{ cm}", "5", 1.0),
+        ("5", "5\\text{ cm}", 1.0),
+        ("1e3", "1000", 1.0),
         ("", "3", 0.0),
         ("3", "", 0.0),
         ("}{", "3", 0.0),
@@ -357,7 +370,16 @@ def test_the_audit_hook_stands_in_for_a_kernel_without_landlock(monkeypatch, tmp
 
 @pytest.mark.parametrize(
     "text,value",
-    [("-1,234.5", "-2469/2"), (".5", "1/2"), ("+3", "3"), ("\\frac{2}{4}", "1/2"), ("-6/4", "-3/2"), ("007", "7")],
+    [
+        ("-1,234.5", "-2469/2"),
+        (".5", "1/2"),
+        ("+3", "3"),
+        ("\\frac{2}{4}", "1/2"),
+        ("-6/4", "-3/2"),
+        ("007", "7"),
+        ("1e3", "1000"),
+        ("-2.5E-1", "-1/4"),
+    ],
 )
 def test_plain_numbers(text, value):
     from fractions import Fraction
@@ -366,7 +388,7 @@ def test_plain_numbers(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1/0", "--1", "1,23", "12,345,67", "1e5", "1 2", "x", "٣", "²", "1_000", "0x10", "1" * 400]
+    "text", ["", "1/0", "--1", "1,23", "12,345,67", "1e5000", "e5", "1 2", "x", "٣", "²", "1_000", "0x10", "1" * 400]
 )
 def test_what_is_no_plain_number(text):
     assert answers.number(text) is None
