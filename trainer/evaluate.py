@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import tasks, traces
+from . import rewards, tasks, traces
 from .checkpoint import write_atomic
 from .config import Refusal, parse_columns
 from .model import DTYPES, choose_device, load_for_generation
@@ -107,21 +107,8 @@ def cons_at_k(
 
 
 def is_right(row: Row, completion: str) -> bool:
-    """Whether a completion's final answer, read after the thought, is right.
-
-    Generated tasks check themselves; any other row is compared with its `answer` by math-verify, 5 seconds at most.
-    """
-    if tasks.is_own(row.raw):
-        return tasks.solved(row.raw, completion)
-    found = tasks.final_answer(completion)
-    if found is None or row.answer is None:
-        return False
-    if found == row.answer.strip():
-        return True
-    from math_verify import parse, verify
-
-    gold, given = (parse(f"\\boxed{{{text[:1000]}}}", parsing_timeout=5) for text in (row.answer, found))
-    return bool(gold and given and verify(gold, given, timeout_seconds=5))
+    """Whether a completion's final answer, read after the thought, is right: the verdict that RL rewards (`rewards.score`)."""
+    return rewards.score([rewards.Completion(completion, row)])[0] == 1.0
 
 
 def prompt_of(row: Row) -> list[dict[str, Any]]:
@@ -209,8 +196,8 @@ def solved_rate(
     if not rows:
         raise Refusal("--data: no problems found; accepted: at least one")
     for row in rows:
-        if row.answer is None and not tasks.is_own(row.raw):
-            raise Refusal(f"{row.where}: answer: missing; accepted: rows with an answer to compare with")
+        if rewards.kind_of(row) is None:
+            raise Refusal(f"{row.where}: answer: missing; accepted: rows with an answer to compare with, or tests")
     jinja = traces.chat_template(tokenizer, template)
     prompts = [
         tokenizer.apply_chat_template(prompt_of(row), chat_template=jinja, tokenize=False, add_generation_prompt=True)
@@ -228,17 +215,18 @@ def solved_rate(
         progress=progress,
     )
     seconds = time.perf_counter() - began
+    opened = [prompt.rstrip().endswith("<think>") for prompt in prompts]  # by the template
+    texts = ["<think>\n" + text if thought else text for thought, (text, _, _) in zip(opened, done)]
+    verdicts = rewards.score([rewards.Completion(t, row, ended) for t, row, (_, _, ended) in zip(texts, rows, done)])
     samples = []
-    for row, prompt, (text, tokens, ended) in zip(rows, prompts, done):
-        if prompt.rstrip().endswith("<think>"):  # the template opened the thought
-            text = "<think>\n" + text
+    for row, text, verdict, (_, tokens, ended) in zip(rows, texts, verdicts, done):
         samples.append(
             {
                 "where": row.where,
                 "problem": prompt_of(row)[-1]["content"],
                 "completion": text,
                 "answer": row.answer,
-                "solved": ended and is_right(row, text),
+                "solved": verdict == 1.0,
                 "cut_off": not ended,
                 "tokens": tokens,
             }

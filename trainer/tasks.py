@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
-from . import task_chain, task_countdown
+from . import answers, task_chain, task_countdown
 from .config import Refusal
 from .task_chain import Chain
 from .task_common import Verdict, approx_tokens, bad, good, split_of, whole_trace
@@ -139,25 +139,14 @@ def verify_trace(row: dict) -> list[Verdict]:
     return [*verdicts, good(final) if right else bad(final, f"the answer is {row['answer']}")]
 
 
-def final_answer(completion: str) -> str | None:
-    """The content of the last `\\boxed{...}` after `</think>`; None without a box, or where the thought is not closed.
+def final_answer(completion: str, thinking: bool | None = None) -> str | None:
+    """The content of the last `\\boxed{...}` after the thought; None without a box, or where the thought is not closed.
 
-    A completion that never opens a thought is read whole. Linear in the length of the text.
+    A completion that never opens a thought is read whole, unless the prompt opened one (`thinking`: answers.after_thought).
     """
-    _, closed, rest = completion.partition("</think>")  # the first, where reasoning parsers of servers split
-    text = rest if closed else completion
-    if "<think>" in text:
-        return None
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for i in range(start, min(len(text), start + 1000)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start:i].strip()
-    return None
+    text = answers.after_thought(completion, thinking)
+    answer = None if text is None else answers.last_box(text)
+    return answer if answer is not None and len(answer) <= answers.LONGEST else None
 
 
 def is_own(row: dict) -> bool:
@@ -167,10 +156,10 @@ def is_own(row: dict) -> bool:
     return isinstance(task, str) and task in TASKS and needed[task] <= row.keys() and "style" in row
 
 
-def solved(row: dict, completion: str) -> bool:
+def solved(row: dict, completion: str, thinking: bool | None = None) -> bool:
     """Whether the final answer of `completion` solves the row's problem; any text is safe to pass.
 
     `chain`: the same whole number. `countdown`: any expression that uses exactly the row's numbers and makes the goal.
     """
-    answer = final_answer(completion)
+    answer = final_answer(completion, thinking)
     return answer is not None and len(answer) <= 300 and TASKS[row["task"]][1].is_solution(row, answer)

@@ -140,7 +140,7 @@ def test_no_rows_and_rows_without_an_answer(tokenizer):
         ("(3, \\frac{\\pi}{2})", "\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", True),
         ("2\\sqrt{3}", "\\boxed{\\sqrt{12}}", True),
         ("42", "\\boxed{43}", False),
-        ("42", "The answer is 42.", False),
+        ("42", "The answer is 42.", True),
         ("42", "<think>\n\\boxed{42}", False),
         ("42", "\\boxed{9^{9^{9^{9}}}}", False),
     ],
