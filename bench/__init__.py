@@ -18,6 +18,8 @@ BENCHES = {
     "grpo": "rollouts beside transformers' generate, GRPO steps beside TRL's, tokens per second and memory",
     "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
     "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
+    "advantages": "group advantages on the CPU, equal and ragged groups, beside TRL's and verl's formulas, with errors",
+    "blend": "two gradients blended on the CPU with norms and dot, beside torch's foreach ops and a copy's rate",
     "traffic": "bytes and FLOPs of the head and its peers, counted without a GPU, and the rooflines they predict",
     "compile_matrix": "registers, spills, shared memory and occupancy of every GPU kernel, compiled for parts that are not here",
     "gpu": "parity and times of everything on this GPU beside its peers (make bench-gpu)",
@@ -30,7 +32,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, head, attention, traffic, compile_matrix, gpu, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -56,6 +58,7 @@ class BenchConfig:
     inputs: list[str] | None = None
     """Of head: real:T (takes --model, --data), generated:T,V,H, lengths (none = all that --model and --data allow).
     Of attention: one:T, mix:T (60 short documents and a long one), FILE.npz:T (real `lengths`).
+    Of advantages: equal:GROUPSxSIZE, ragged:GROUPS. Of blend: smollm2-135m, tensors:COUNTxVALUES.
     Of compile_matrix: parts, sm_80 … gfx942."""
     baseline: bool = False
     """Of compile_matrix: keep this run's numbers as the committed baseline of its compilers."""

@@ -321,8 +321,8 @@ def cuda_path(rows: int, together: int) -> Iterator[None]:
     """The head as on CUDA, on CPU tensors: the Triton engine, chunks of `rows`, 16-bit products by out_dtype."""
     import torch
 
-    from longtrace.kernels.head import backend, compressed, gemm
-    from longtrace.kernels.head.cuda import TritonEngine
+    from longtrace.kernels import backend
+    from longtrace.kernels.head import compressed, engines, gemm
     from longtrace.kernels.head.plan import Chunks
 
     def narrow(self, weight, block):
@@ -330,10 +330,11 @@ def cuda_path(rows: int, together: int) -> Iterator[None]:
         self.weight = weight
 
     changes = [
-        (backend.tile, "serves", lambda tensor: False), (backend, "_torch_engine", lambda weight: TritonEngine),
-        (backend, "plan_chunks", lambda *_: Chunks(rows, rows, 0, 0, 0.0)), (gemm.HeadGemm, "__init__", narrow),
+        (backend, "FORCED", "triton"),
+        (engines, "plan_chunks", lambda *_: Chunks(rows, rows, 0, 0, 0.0)),
+        (gemm.HeadGemm, "__init__", narrow),
         (compressed, "TOGETHER", together),
-    ]  # fmt: skip
+    ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
         for owner, name, value in changes:

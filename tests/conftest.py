@@ -28,6 +28,14 @@ def seed():
     return SEED
 
 
+@pytest.fixture
+def force(monkeypatch):
+    """force("reference"): what LONGTRACE_BACKEND=reference does, from here to the end of the test."""
+    from longtrace.kernels import backend
+
+    return lambda name: monkeypatch.setattr(backend, "FORCED", name)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real data beside the clone; tests that need it skip without it."""

@@ -102,6 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"longtrace {name}: {refusal}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        from longtrace.kernels.backend import BackendRefused
+
+        if not isinstance(error, BackendRefused):
+            raise
+        print(f"longtrace {name}: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"longtrace {name}: {error}", file=sys.stderr)
         return 1

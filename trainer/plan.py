@@ -181,7 +181,7 @@ def _shapes(hf: PretrainedConfig, config: TrainConfig, checkpointing: bool, devi
         )
         if config.lora_rank:
             net = add_lora(net, config)
-    if choose_layers(device, DTYPES[config.dtype])[0] != "PyTorch":
+    if choose_layers(device, DTYPES[config.dtype]).backend != "reference":
         fuse_layers(net)
     model = Model(net.train(), None, config.model, bool(config.lora_rank), "")
     for parameter in net.parameters():  # peft makes its adapters in fp32; the run computes in one dtype
@@ -302,7 +302,7 @@ def flops(model: Model, lengths: Sequence[int], *, supervised: float = 1.0) -> t
         reach = n.clamp(max=text.sliding_window) if kind == "sliding_attention" and text.sliding_window else n
         pairs += float((reach * (n - reach / 2)).sum() / n.sum())
     attention = 12 * width * pairs
-    backend, _ = choose_attention(model.device.type, model.base.dtype)  # checkpointing keeps what an op returned
+    backend = choose_attention(model.device.type, model.base.dtype).name  # checkpointing keeps what an op returned
     kept = backend in ("tiles", "flash_attn", "torch_varlen")
     return body + top, attention, sum(2 * w.numel() for w in linear) + attention / 3 * (not kept)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longtrace.kernels import cuda, extension
+from longtrace.kernels import backend, cuda, extension
 from longtrace.kernels.advantages import reference
+from longtrace.kernels.backend import Candidate, Choice
 from longtrace.kernels.offsets import checked_offsets
 
 
@@ -28,13 +29,18 @@ class Advantages(NamedTuple):
     counts: GroupCounts
 
 
-def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, why) for rewards of `dtype` on `device`."""
+def choose(device: str, dtype: torch.dtype) -> Choice:
+    """What serves rewards of `dtype` (fp32 or fp64) on `device`."""
+    return backend.choose("group_advantages", _candidates, device, dtype=dtype)
+
+
+def _candidates(device: str, dtype: torch.dtype) -> Iterator[Candidate]:
     if device == "cpu":
-        return ("C++", "sums in float64") if extension.LOADED else ("PyTorch", extension.WHY)
-    if device == "cuda" and dtype != torch.float64:
-        return ("CUDA", cuda.WHY) if cuda.LOADED else ("PyTorch", cuda.WHY)
-    return "PyTorch", f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
+        yield Candidate("cpu", "C++", "sums in float64" if extension.LOADED else extension.WHY, extension.LOADED)
+    if device == "cuda":
+        fits = dtype != torch.float64
+        yield Candidate("cuda", "CUDA", cuda.WHY if fits else "the kernel takes fp32", cuda.LOADED and fits)
+    yield Candidate("reference", "PyTorch", "sums in float64")
 
 
 def group_advantages(
@@ -67,14 +73,14 @@ def group_advantages(
         raise ValueError(f"rewards must be a real vector, got {rewards.dtype} {tuple(rewards.shape)}")
     offsets = checked_offsets("group_offsets", group_offsets, len(rewards), "rewards")
     device, dtype = rewards.device, torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    backend, _ = choose(device.type, dtype)
+    serves = choose(device.type, dtype).backend
     rewards = rewards.detach()
-    if backend == "PyTorch":
+    if serves == "reference":
         at = device if device.type == "cuda" else "cpu"  # some devices have no float64
         found = reference.group_advantages(rewards.to(at), offsets.to(at), **how)
         values, degenerate, counts = (x.to(device) for x in (found[0].to(dtype), *found[1:]))
     else:
-        op = torch.ops.longtrace.group_advantages if backend == "C++" else cuda.group_advantages
+        op = torch.ops.longtrace.group_advantages if serves == "cpu" else cuda.group_advantages
         values, degenerate, counts = op(rewards.to(dtype).contiguous(), offsets, *how.values())
     return Advantages(values, degenerate, GroupCounts(*counts.unbind()))
 

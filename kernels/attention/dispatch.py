@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
-from longtrace.kernels import extension
+from longtrace.kernels import backend, extension
 from longtrace.kernels.attention import documents, tile
+from longtrace.kernels.backend import Candidate, Choice
 
 MAX_WIDTH = 256  # of a head
 
@@ -81,47 +83,60 @@ def choose(
     sinks: bool = False,
     window: bool = False,
     widths: tuple[int, int] = (64, 64),
-) -> tuple[str, str]:
-    """(backend, reason) for tensors on `device`; `window`: one is set; `widths`: the head dims of keys and values.
+) -> Choice:
+    """What serves tensors on `device`; `window`: one is set; `widths`: the head dims of keys and values.
 
-    "tiles" (our C++ on the CPU), "flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "triton" (ours) or
+    By name: "tiles" (our C++ on the CPU), "flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "triton" (ours) or
     "documents" (SDPA per document).
     """
+    options = {"softcap": softcap, "sinks": sinks, "window": window, "widths": widths}
+    return backend.choose("varlen_attention", _candidates, device, dtype=dtype, **options)
+
+
+def _candidates(device: str, dtype, softcap: bool, sinks: bool, window: bool, widths) -> Iterator[Candidate]:
     if device == "cpu":
-        if not extension.LOADED:
-            return "documents", f"SDPA per document: {extension.WHY}"
-        if dtype not in tile.DTYPES:
-            return "documents", f"SDPA per document: the tiles take bf16, fp16 and fp32, this is {dtype}"
-        return "tiles", f"C++ {torch.ops.longtrace.cpu_capability()}, same bits for any number of threads"
+        lacks = "" if dtype in tile.DTYPES else f"the tiles take bf16, fp16 and fp32, this is {dtype}"
+        lacks = lacks if extension.LOADED else extension.WHY
+        why = "" if lacks else f"C++ {torch.ops.longtrace.cpu_capability()}, same bits for any number of threads"
+        yield Candidate("cpu", "tiles", lacks or why, not lacks)
+    if device == "cuda":
+        yield from _libraries(dtype, softcap, sinks, window, *widths)
+        yield _ours(device, dtype)
+    yield Candidate("reference", "documents", f"{'plain maths' if softcap or sinks else 'SDPA'} per document")
     if device != "cuda":
-        return "documents", f"SDPA per document: packed kernels need CUDA, this is {device}"
-    D, DV = widths
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return "documents", f"SDPA per document: packed kernels take bf16, fp16 and fp32, this is {dtype}"
-    if dtype == torch.float32:
-        lacking = "the libraries' kernels take bf16 and fp16, this is torch.float32"
+        yield _ours(device, dtype)
+
+
+def _libraries(dtype, softcap: bool, sinks: bool, window: bool, D: int, DV: int) -> Iterator[Candidate]:
+    """The packed kernels of flash-attn and torch."""
+    lacks = ""
+    if dtype not in (torch.bfloat16, torch.float16):
+        lacks = f"the libraries' kernels take bf16 and fp16, this is {dtype}"
     elif sinks:
-        lacking = "the libraries' packed kernels are not used with attention sinks"
+        lacks = "the libraries' packed kernels are not used with attention sinks"
     elif D != DV or D % 8:
-        lacking = f"the libraries' kernels take equal head dims, multiples of 8, not {D} and {DV}"
-    else:
-        function, why_4 = _flash_attn_4()
-        if function is not None and not (softcap or window) and D <= 128:  # what its backward is known to serve
-            return "flash_attn_4", why_4
-        function, why_3 = _flash_attn_3()
-        if function is not None:
-            return "flash_attn_3", why_3
-        function, why_flash = _flash_attn()
-        if function is not None:
-            return "flash_attn", why_flash
-        function, why_torch = _torch_varlen()
-        if function is not None and not softcap:
-            return "torch_varlen", f"{why_torch} ({why_flash})"
-        lacking = f"{why_flash}; " + ("torch's packed kernel takes no softcap" if function is not None else why_torch)
+        lacks = f"the libraries' kernels take equal head dims, multiples of 8, not {D} and {DV}"
+    if lacks:
+        yield Candidate("cuda", "libraries", lacks, False)
+        return
+    known = not (softcap or window) and D <= 128  # what its backward is known to serve
+    yield _library("flash_attn_4", _flash_attn_4(), "" if known else "flash-attn 4: plain attention up to 128 wide")
+    yield _library("flash_attn_3", _flash_attn_3())
+    yield _library("flash_attn", _flash_attn())
+    yield _library("torch_varlen", _torch_varlen(), "torch's packed kernel takes no softcap" if softcap else "")
+
+
+def _library(name: str, found: tuple, lacks: str = "") -> Candidate:
+    function, why = found
+    return Candidate("cuda", name, why if function is None else lacks or why, function is not None and not lacks)
+
+
+def _ours(device: str, dtype: torch.dtype) -> Candidate:
     function, why = _triton()
-    if function is not None:
-        return "triton", f"{why}: {lacking}"
-    return "documents", f"{'plain maths' if softcap or sinks else 'SDPA'} per document: {lacking}; {why}"
+    lacks = why if function is None else backend.triton_lacks(device)
+    if dtype not in tile.DTYPES:
+        lacks = f"our kernels take bf16, fp16 and fp32, this is {dtype}"
+    return Candidate("triton", "triton", lacks or why, not lacks)
 
 
 def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
@@ -197,23 +212,23 @@ def varlen_attention(
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     window = (-1, -1) if window is None else (int(window[0]), int(window[1]))
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    backend, _ = choose(
+    name = choose(
         q.device.type, q.dtype, softcap is not None, sinks is not None, window != (-1, -1), (q.shape[2], v.shape[2])
-    )
-    if backend in ("documents", "tiles") or not q.shape[0] or not k.shape[0]:
+    ).name
+    if name in ("documents", "tiles") or not q.shape[0] or not k.shape[0]:
         starts_q = _starts("cu_seqlens", cu_seqlens, q.shape[0])
         starts_k = starts_q if cu_seqlens_k is cu_seqlens else _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        serve = tile if backend == "tiles" else documents
+        serve = tile if name == "tiles" else documents
         return serve.varlen_attention(q, k, v, starts_q, starts_k, causal, scale, window, softcap, sinks)
     if max_seqlen_k is None:
         raise ValueError("max_seqlen_k is needed with cu_seqlens_k")
     offsets_q, offsets_k = (x.to(device=q.device, dtype=torch.int32) for x in (cu_seqlens, cu_seqlens_k))
-    if backend == "triton":
+    if name == "triton":
         return _triton()[0](q, k, v, offsets_q, offsets_k, causal, scale, window, softcap, sinks)
-    if backend == "flash_attn_4":
+    if name == "flash_attn_4":
         return _flash_4(q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k), scale, causal)
-    if backend in ("flash_attn", "flash_attn_3"):
-        function = (_flash_attn if backend == "flash_attn" else _flash_attn_3)()[0]
+    if name in ("flash_attn", "flash_attn_3"):
+        function = (_flash_attn if name == "flash_attn" else _flash_attn_3)()[0]
         out = function(
             q, k, v, offsets_q, offsets_k, int(max_seqlen), int(max_seqlen_k),
             softmax_scale=scale, causal=causal, window_size=window, softcap=softcap or 0.0,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longtrace.kernels import cuda, extension
+from longtrace.kernels import backend, cuda, extension
+from longtrace.kernels.backend import Candidate, Choice
 from longtrace.kernels.blend import reference
 
 FUSED = (torch.bfloat16, torch.float32)
@@ -24,15 +25,19 @@ class GradientStats(NamedTuple):
     finite: Tensor  # bool: neither holds a NaN or an infinity
 
 
-def choose(device: str, dtypes: set[torch.dtype]) -> tuple[str, str]:
-    """(backend, why) for gradients of `dtypes` on `device`."""
-    if not dtypes.issubset(FUSED):
-        return "PyTorch", "fused: bfloat16 and float32, mixed or not"
+def choose(device: str, dtypes: Iterable[torch.dtype]) -> Choice:
+    """What serves gradients of `dtypes` on `device`."""
+    return backend.choose("blend_gradients", _candidates, device, dtypes=frozenset(dtypes))
+
+
+def _candidates(device: str, dtypes: frozenset[torch.dtype]) -> Iterator[Candidate]:
+    lacks = "" if dtypes.issubset(FUSED) else "the kernels take bf16 and fp32, mixed or not"
     if device == "cpu":
-        return ("C++", "one pass, sums in blocks of 16,384") if extension.LOADED else ("PyTorch", extension.WHY)
+        why = "one pass, sums in blocks of 16,384" if extension.LOADED else extension.WHY
+        yield Candidate("cpu", "C++", lacks or why, extension.LOADED and not lacks)
     if device == "cuda":
-        return ("CUDA", cuda.WHY) if cuda.LOADED else ("PyTorch", cuda.WHY)
-    return "PyTorch", f"no kernel for {device}"
+        yield Candidate("cuda", "CUDA", lacks or cuda.WHY, cuda.LOADED and not lacks)
+    yield Candidate("reference", "PyTorch", "")
 
 
 @torch.no_grad()
@@ -67,11 +72,11 @@ def blend_gradients(trace_grads: Sequence[Tensor], empty_grads: Sequence[Tensor]
                 raise ValueError(f"{name}[{i}] must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
     if not trace_grads:
         return GradientStats(*torch.zeros(3, dtype=torch.float64).unbind(), torch.tensor(True))
-    backend, _ = choose(trace_grads[0].device.type, {x.dtype for x in (*trace_grads, *empty_grads)})
-    if backend == "C++":
+    serves = choose(trace_grads[0].device.type, (x.dtype for x in (*trace_grads, *empty_grads))).backend
+    if serves == "cpu":
         sums = torch.ops.longtrace.blend_gradients_(trace_grads, empty_grads, alpha)
     else:
-        sums = (cuda if backend == "CUDA" else reference).blend_gradients_(trace_grads, empty_grads, alpha)
+        sums = (cuda if serves == "cuda" else reference).blend_gradients_(trace_grads, empty_grads, alpha)
     return GradientStats(*sums[:3].unbind(), sums[3] == 0)
 
 

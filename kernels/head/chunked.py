@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from longtrace.kernels.extension import on_huge_pages
-from longtrace.kernels.head import backend
 from longtrace.kernels.head.engine import Forward, Matrix, put_targets
+from longtrace.kernels.head.engines import engine
 from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform, compute_dtype
 from longtrace.kernels.head.tail import Coefficients, Rows, fill
@@ -101,7 +101,7 @@ class Walk:
         self.V = weight.shape[0]
         self.dtype = compute_dtype(input.dtype)
         self.kept = keep.nonzero().squeeze(1)
-        self.engine, self.chunks = backend.engine(
+        self.engine, self.chunks = engine(
             self.kept.numel(), weight, bias, loss.transform, loss.budget_mb, loss.elementwise
         )
         self.d_input = self.d_weight = self.d_bias = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longtrace.kernels import extension
+from longtrace.kernels.head.backend import choose
 
 # One GEMM call of the PyTorch engine works on a fixed number of rows, so that a row's result cannot depend on how many
 # rows travel with it: BLAS libraries choose their summation order by shape.
@@ -68,13 +69,13 @@ def plan_chunks(
     """Rows per chunk and per GEMM call for `T` rows of width `H` against a vocabulary of `V`; `str()` tells the plan.
 
     Args: dtype of the inputs; budget_mb bounds the (rows, V) buffer (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU
-    and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they can), which hold bf16 inputs' probabilities
+    and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they are chosen), which hold bf16 inputs' probabilities
     in 2 bytes, all others in 4 (8 for fp64); compressed: also count what compressed
     gradients need. At least 16 rows are always taken (32 by the tile kernels).
     The block size depends on V, dtype and budget but not on T; a short last block is padded with zero rows.
     """
     if tiles is None:
-        tiles = device == "cpu" and extension.LOADED and dtype != torch.float64
+        tiles = choose(device, dtype).backend == "cpu"
     itemsize = (
         8 if dtype == torch.float64 else 2 if tiles and extension.BF16_OPERANDS and dtype == torch.bfloat16 else 4
     )

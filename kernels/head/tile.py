@@ -16,11 +16,6 @@ from longtrace.kernels.head.plan import PANEL_ROWS
 from longtrace.kernels.head.spec import Transform
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether this engine can run on inputs like `tensor` here."""
-    return extension.LOADED and tensor.device.type == "cpu" and tensor.dtype != torch.float64
-
-
 class TileEngine:
     """As `TorchEngine`; `Matrix.g` is (V, n padded to whole panels), its last columns 0."""
 

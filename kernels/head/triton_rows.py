@@ -207,10 +207,13 @@ def bias_gradient_kernel(
 
 
 def scalars(transform: Transform) -> tuple[float, float, float, float]:
-    """(scale, bias_scale, inv_cap, out_scale): z = raw scale + bias bias_scale, then tanh(z inv_cap) out_scale."""
+    """(scale, bias_scale, inv_cap, out_scale): z = raw scale + bias bias_scale, then tanh(z inv_cap) out_scale.
+
+    Floats always: Triton compiles anew for an integer.
+    """
     if transform.softcap is None:
         return transform.logit_scale / transform.temperature, 1.0 / transform.temperature, 0.0, 0.0
-    return transform.logit_scale, 1.0, 1.0 / transform.softcap, transform.softcap / transform.temperature
+    return float(transform.logit_scale), 1.0, 1.0 / transform.softcap, transform.softcap / transform.temperature
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **config) -> None:

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from longtrace.kernels import extension
+from longtrace.kernels import backend, extension
+from longtrace.kernels.backend import Candidate, Choice
 from longtrace.kernels.layers import liger, native, reference
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, why) for tensors of `dtype` on `device`."""
+@torch.compiler.assume_constant_result
+def choose(
+    device: str, dtype: torch.dtype, mixed: bool = False, learned: bool = False, partial: bool = False
+) -> Choice:
+    """What serves tensors of `dtype` on `device`.
+
+    mixed: operands differ in dtype or device; learned: cos and sin take gradients; partial: part of a head is rotated.
+    """
+    return backend.choose("layers", _candidates, device, dtype=dtype, mixed=mixed, learned=learned, partial=partial)
+
+
+def _candidates(device: str, dtype: torch.dtype, mixed: bool, learned: bool, partial: bool) -> Iterator[Candidate]:
+    lacks = ""
     if dtype not in DTYPES:
-        return "PyTorch", f"{str(dtype).removeprefix('torch.')} is served by PyTorch; fused: bfloat16 and float32"
+        lacks = "the kernels take bf16 and fp32"
+    elif mixed:
+        lacks = "operands of several dtypes: PyTorch promotes them as the models do"
+    elif learned:
+        lacks = "the kernels have no gradient for cos and sin"
     if device in ("cpu", "meta"):  # shapes alone, to plan memory with
-        return ("C++", extension.WHY) if extension.LOADED else ("PyTorch", extension.WHY)
-    if device != "cuda":
-        return "PyTorch", f"no fused kernels for {device}"
-    if liger.FOUND:
-        return "Liger", "liger-kernel is installed (not run on a GPU by this project's tests)"
-    return "PyTorch", "liger-kernel is not installed: pip install 'longtrace[gpu]'"
+        yield Candidate("cpu", "C++", lacks or extension.WHY, extension.LOADED and not lacks)
+    if device == "cuda":
+        lacks = lacks or ("Liger's kernel rotates whole heads" if partial else "")
+        found = "liger-kernel is installed (not run on a GPU by this project's tests)"
+        why = found if liger.FOUND else "liger-kernel is not installed: pip install 'longtrace[gpu]'"
+        yield Candidate("triton", "Liger", lacks or why, liger.FOUND and not lacks)
+    yield Candidate("reference", "PyTorch", "")
 
 
-def _backend(*tensors: Tensor | None) -> str:
-    """The backend for operands of one dtype; of several, PyTorch, which promotes them as the models do."""
+def _serves(*tensors: Tensor | None, learned: bool = False, partial: bool = False) -> str:
+    """The backend for these operands."""
     device, dtype = tensors[0].device.type, tensors[0].dtype
-    same = all(t is None or (t.dtype == dtype and t.device.type == device) for t in tensors)
-    return choose(device, dtype)[0] if same else "PyTorch"
+    mixed = any(t is not None and (t.dtype != dtype or t.device.type != device) for t in tensors)
+    return choose(device, dtype, mixed, learned, partial).backend
 
 
 class _Rows:
@@ -75,12 +94,12 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
-    backend = _backend(x, weight, residual)
-    if backend == "PyTorch":
+    serves = _serves(x, weight, residual)
+    if serves == "reference":
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
     rows = _Rows(x)
     flat, other = rows.flat(x), None if residual is None else rows.flat(residual)
-    if backend == "Liger":
+    if serves == "triton":
         out = liger.rms_norm(flat, weight, eps, residual=other, offset=offset)
     else:
         out = native.RMSNorm.apply(flat, other, native.dense(weight), eps, offset)
@@ -110,12 +129,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int | No
         )
     if cos.shape != (q.shape[0], width) or sin.shape != cos.shape:
         raise ValueError(f"cos and sin must be ({q.shape[0]}, {width}), got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    backend = _backend(q, k, cos, sin)
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        backend = "PyTorch"  # learned positions
-    if backend == "C++":
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    serves = _serves(q, k, cos, sin, learned=learned, partial=rotary_dim != D)
+    if serves == "cpu":
         return native.Rope.apply(*map(native.dense, (q, k, cos, sin)), rotary_dim)
-    if backend == "Liger" and rotary_dim == D:
+    if serves == "triton":
         if width != D:
             cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         return liger.Rope.apply(q, k, cos, sin)
@@ -139,9 +157,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 def _glu(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     if gate.shape != up.shape or gate.ndim == 0:
         raise ValueError(f"gate and up must have one shape, got {tuple(gate.shape)} and {tuple(up.shape)}")
-    backend = _backend(gate, up)
-    if backend == "PyTorch":
+    serves = _serves(gate, up)
+    if serves == "reference":
         return (reference.geglu if gelu else reference.swiglu)(gate, up)
     rows = _Rows(gate)
-    function = liger.Glu if backend == "Liger" else native.Glu
+    function = liger.Glu if serves == "triton" else native.Glu
     return rows.back(function.apply(rows.flat(gate), rows.flat(up), gelu))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from longtrace.kernels import cuda
+from longtrace.kernels import backend, cuda
+from longtrace.kernels.backend import Candidate, Choice
 from longtrace.kernels.offsets import checked_offsets
+
+
+def choose(device: str) -> Choice:
+    """What moves rows on `device`."""
+    return backend.choose("pack_rows", _candidates, device)
+
+
+def _candidates(device: str) -> Iterator[Candidate]:
+    if device == "cuda":
+        yield Candidate("cuda", "CUDA", cuda.WHY, cuda.LOADED)
+    yield Candidate("reference", "PyTorch", "indexing by a mask")
 
 
 def pack_rows(padded: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
@@ -45,14 +57,14 @@ def _there(offsets: Tensor, width: int) -> Tensor:
 
 
 def _pack(padded: Tensor, offsets: Tensor) -> Tensor:
-    if padded.is_cuda and cuda.LOADED:
+    if choose(padded.device.type).backend == "cuda":
         dense = padded if padded[:1, :1].is_contiguous() else padded.contiguous()
         return cuda.pack_rows(dense, offsets, int(offsets[-1]))
     return padded[_there(offsets, padded.shape[1]).to(padded.device)]
 
 
 def _unpack(packed: Tensor, offsets: Tensor, width: int) -> Tensor:
-    if packed.is_cuda and cuda.LOADED:
+    if choose(packed.device.type).backend == "cuda":
         return cuda.unpack_rows(packed.contiguous(), offsets, width)
     padded = packed.new_zeros(len(offsets) - 1, width, *packed.shape[1:])
     padded[_there(offsets, width).to(packed.device)] = packed

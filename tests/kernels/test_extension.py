@@ -260,6 +260,6 @@ def test_self_check_passes_here():
 
 def test_explain_names_every_op_with_a_reason():
     lines = K.explain().splitlines()
-    ops = ["pack", "head", "varlen_attention", "group_advantages", "blend_gradients", "layers"]
-    assert [line.split("  ")[0] for line in lines] == ops
+    ops = ["pack", "pack_rows", "head", "varlen_attention", "group_advantages", "blend_gradients", "layers"]
+    assert [line.split("  ")[0] for line in lines[: len(ops)]] == ops  # then what other tests chose
     assert all(len(line.split()) >= 3 for line in lines)

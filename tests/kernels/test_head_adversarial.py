@@ -7,19 +7,18 @@ import torch
 
 from longtrace import kernels as K
 from longtrace.kernels import extension
-from longtrace.kernels.head import reference, tile
+from longtrace.kernels.head import reference
 
-ENGINES = ("tiles", "PyTorch")
+ENGINES = ("cpu", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
+def engine(request, force):
     """Each test runs on the C++ tiles and on PyTorch alone."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(tile, "serves", lambda tensor: False)
-    elif not extension.LOADED:
+    if request.param == "cpu" and not extension.LOADED:
         pytest.skip(extension.WHY)
+    force(request.param)
     return request.param
 
 

@@ -13,11 +13,8 @@ pytest.importorskip("triton", reason="pip install triton (Linux)")
 CODE = """
 import torch
 from longtrace import kernels as K
-from longtrace.kernels.head import backend, reference, tile
-from longtrace.kernels.head.cuda import TritonEngine
+from longtrace.kernels.head import reference
 
-tile.serves = lambda tensor: False
-backend._torch_engine = lambda weight: TritonEngine
 torch.manual_seed(SEED)
 for dtype in (torch.bfloat16, torch.float32):
     for options in ({}, {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}):
@@ -58,6 +55,6 @@ def test_whole_ops_under_the_interpreter(seed):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CODE.replace("SEED", str(seed))],
         cwd=os.path.dirname(sys.executable), capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "LONGTRACE_EXTENSION": "0"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "LONGTRACE_BACKEND": "triton"},
     )  # fmt: skip
     assert done.returncode == 0 and "all hold" in done.stdout, done.stderr[-3000:]

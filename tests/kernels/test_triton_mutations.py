@@ -6,12 +6,11 @@ A fault is a replacement of text that stands exactly once in its file, so none g
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from triton_cases import run_script
+from triton_cases import planted, run_script
 
 from longtrace import kernels
 
@@ -107,18 +106,6 @@ REST = [
 FAULTS = FIRST + REST
 
 
-def planted(folder: Path, fault: Fault | None = None) -> Path:
-    """A copy of the kernels under `folder`/longtrace, with the fault; the folder."""
-    here = Path(kernels.__file__).parent
-    shutil.copytree(here, folder / "longtrace" / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if fault:
-        file = folder / "longtrace" / "kernels" / fault.file
-        text = file.read_text()
-        assert text.count(fault.old) == 1, f"{fault.old!r} stands {text.count(fault.old)} times in {fault.file}"
-        file.write_text(text.replace(fault.old, fault.new))
-    return folder
-
-
 def results(folder: Path, script: Path, group: str, cases: list[str]) -> dict[str, str]:
     report = run_script(script, group, cases, folder)
     if "skip" in report:
@@ -129,7 +116,9 @@ def results(folder: Path, script: Path, group: str, cases: list[str]) -> dict[st
 
 
 def check(folder: Path, fault: Fault) -> None:
-    problem = results(planted(folder, fault), fault.script, fault.group, [fault.case])[fault.case]
+    problem = results(planted(folder, fault.file, fault.old, fault.new), fault.script, fault.group, [fault.case])[
+        fault.case
+    ]
     assert problem, f"{fault.case} did not notice"
     print(problem.splitlines()[-1])
 

@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -107,6 +108,19 @@ def run_script(script: Path, group: str, only: Sequence[str] = (), path: Path | 
         raise RuntimeError(f"{script.name} {group}: exit {done.returncode}\n{done.stderr[-4000:]}")
     log, _, report = done.stdout.rstrip().rpartition("\n")
     return json.loads(report) | {"log": log[:4000]}
+
+
+def planted(folder: Path, file: str = "", old: str = "", new: str = "") -> Path:
+    """A copy of the kernels under `folder`/longtrace, `old` replaced by `new` in one of its files; the folder."""
+    from longtrace import kernels
+
+    copy = folder / "longtrace" / "kernels"
+    shutil.copytree(Path(kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if file:
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        (copy / file).write_text(text.replace(old, new))
+    return folder
 
 
 def check_group(script: Path, group: str, expected: int) -> None:

@@ -107,3 +107,10 @@ def test_every_field_has_help():
     for field in dataclasses.fields(SFTConfig):
         after = source.split(f"    {field.name}: ", 1)[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), field.name
+
+
+def test_a_backend_that_is_refused_is_one_line_and_2(capsys, force):
+    force("gpu")
+    assert cli.main(["doctor"]) == 2
+    err = capsys.readouterr().err
+    assert err == "longtrace doctor: LONGTRACE_BACKEND: found 'gpu'; accepted: reference, cpu, triton, cuda\n"
