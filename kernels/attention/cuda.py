@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtrace.kernels.attention.triton_backward import delta_kernel, dk_dv_kernel, dq_kernel
 from longtrace.kernels.attention.triton_forward import forward_kernel
-from longtrace.kernels.head.triton_rows import FLOATS, launch
+from longtrace.kernels.head.triton_rows import FLOATS, NEAR, launch
 from longtrace.kernels.once import refuse_double_backward
 
 WIDEST = 256  # head dim
@@ -98,9 +98,12 @@ def factors(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 def wide_rows(x: Tensor) -> Tensor:
-    """`x` (tokens, heads, D) as the kernels load it: 16-byte rows of adjacent values, copied if it has to be."""
-    fits = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    """`x` (tokens, heads, D) as the kernels load it: 16-byte rows of adjacent values, copied if it has to be.
+
+    Tokens lie nearer than NEAR: `rows_of` counts from the first row of its block in 32 bits.
+    """
+    wide = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if wide and x.stride(0) < NEAR else x.clone(memory_format=torch.contiguous_format)
 
 
 class Attention(torch.autograd.Function):

@@ -52,7 +52,11 @@ def locate(offsets, slot, documents, steps, BLOCK: tl.constexpr):
 def rows_of(
     at, stride, first, count, width, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr, PADDED: tl.constexpr
 ):
-    """(ROWS, COLS) from row `first` of the `count` that exist; 0 past the end (EDGE) and past `width` (PADDED)."""
+    """(ROWS, COLS) from row `first` of the `count` that exist; 0 past the end (EDGE) and past `width` (PADDED).
+
+    The block's first row is counted in 64 bits, the rest of it in 32: see NEAR, which bounds the stride of inputs. That of
+    `store_rows` is of a dense output, heads times width: less than NEAR for as many heads as a grid can have.
+    """
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     at += tl.cast(first, tl.int64) * stride
     at += row[:, None] * stride + col[None, :]

@@ -21,6 +21,7 @@ from longtrace.kernels.head.epilogue import RowStats
 from longtrace.kernels.head.spec import Transform
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NEAR = 2**24  # elements from row to row: within a block of up to 128 rows, offsets of rows nearer than this fit 32 bits
 # Shipped block sizes. Without fp fusion a logit has the same bits in every kernel that recomputes it.
 BLOCKS: dict[str, dict[str, Any]] = {
     "stats": {"BLOCK": 2048, "num_warps": 4, "enable_fp_fusion": False},
@@ -231,6 +232,11 @@ def unit_rows(name: str, x: Tensor) -> Tensor:
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise ValueError(f"{name} is {x.ndim}-d {x.dtype}; accepted: 2-d fp32, bf16 or fp16")
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def near_rows(x: Tensor) -> Tensor:
+    """`x`, or a dense copy if its rows lie NEAR elements apart or more, for kernels that count in 32 bits within a block."""
+    return x if x.stride(0) < NEAR else x.contiguous()
 
 
 def per_row(name: str, x: Tensor | None, n: int, dtype: torch.dtype = torch.float32) -> Tensor | None:

@@ -26,6 +26,7 @@ from longtrace.kernels.head.triton_rows import (
     derivative,
     final_logit,
     launch,
+    near_rows,
     per_row,
     rounded,
     scalars,
@@ -75,7 +76,10 @@ def product(
     x, y, x_rows, y_rows, H, x_stride, y_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLS) fp32 tile x y^T; x and y point at their first row, of x_rows and y_rows that exist."""
+    """(ROWS, COLS) fp32 tile x y^T; x and y point at their first row, of x_rows and y_rows that exist.
+
+    Rows lie nearer than NEAR, so that offsets within a tile fit 32 bits; where a tile begins is counted in 64.
+    """
     i, j = tl.arange(0, ROWS), tl.arange(0, COLS)
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, H, BLOCK_H):
@@ -271,7 +275,7 @@ def dw_kernel(
 
 
 def _operands(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
-    h, weight = unit_rows("h", h), unit_rows("weight", weight)
+    h, weight = near_rows(unit_rows("h", h)), near_rows(unit_rows("weight", weight))
     if h.shape[1] != weight.shape[1] or h.dtype != weight.dtype:
         raise ValueError(f"h {tuple(h.shape)} {h.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit")
     T, V = h.shape[0], weight.shape[0]

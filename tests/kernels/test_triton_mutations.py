@@ -37,6 +37,7 @@ class Fault(NamedTuple):
 
 ROWS, COLUMNS, TILE = "head/triton_rows.py", "head/triton_columns.py", "head/triton_tile.py"
 FORWARD, BACKWARD = "attention/triton_forward.py", "attention/triton_backward.py"
+LAUNCHES = "attention/cuda.py"
 PLAIN = "Transform(logit_scale=1.0, softcap=None, temperature=1.0)"
 DERIVATIVE = ("rows", f"dlogits_are_the_derivative {PLAIN}")
 PASSES = ("columns", "column_passes float32 (40, 123)")
@@ -48,6 +49,7 @@ FAR_TILES = ("tile", "offsets_past_32_bits_in_tiles")
 FAR_TOKENS = ("shapes", "offsets_past_32_bits tokens")
 FAR_DOCUMENTS = ("shapes", "offsets_past_32_bits documents")
 FAR_HEADS = ("shapes", "offsets_past_32_bits heads")
+FAR_ROWS_OF_A_BLOCK = ("shapes", "offsets_past_32_bits tokens of one block")
 
 FIRST = [  # one of each kind; the rest is slow
     Fault("off-by-one mask", ROWS, "tl.where((cols >= V) |", "tl.where((cols > V) |", *DERIVATIVE),
@@ -85,6 +87,7 @@ REST = [
     Fault("int32 offset", TILE, "h += tl.cast(t0, tl.int64) * h_stride\n    out", "h += t0 * h_stride\n    out", *FAR_TILES),
     Fault("int32 offset", TILE, "w += tl.cast(v0, tl.int64) * w_stride", "w += v0 * w_stride", *FAR_TILES),
     Fault("int32 offset", TILE, "tile = h + tl.cast(t0, tl.int64) * h_stride", "tile = h + t0 * h_stride", *FAR_TILES),
+    Fault("int32 offset", ROWS, "return x if x.stride(0) < NEAR else x.contiguous()", "return x", "tile", "rows_of_one_tile_past_32_bits"),
     Fault("reduced precision", TILE, 'tl.dot(x, y, input_precision="ieee")', "tl.dot(x, y)", *STRIDED),
     # attention, forward
     Fault("off-by-one mask", FORWARD, "mask=(row < count - first)[:, None], other", "mask=(row <= count - first)[:, None], other", *CAUSAL),
@@ -94,6 +97,7 @@ REST = [
     Fault("wrong document", FORWARD, "start // BLOCK + ahead <= slot", "start // BLOCK + ahead < slot", *CAUSAL),
     Fault("swapped stride", FORWARD, "rows_of(v, v_stride, n0", "rows_of(v, k_stride, n0", "shapes", "strides"),
     Fault("int32 offset", FORWARD, "q += first.to(tl.int64) * q_stride", "q += first * q_stride", *FAR_DOCUMENTS),
+    Fault("int32 offset", LAUNCHES, "x if wide and x.stride(0) < NEAR else", "x if wide else", *FAR_ROWS_OF_A_BLOCK),
     Fault("int32 offset", FORWARD, "head = tl.program_id(1).to(tl.int64)", "head = tl.program_id(1)", *FAR_HEADS),
     # attention, backward
     Fault("off-by-one mask", BACKWARD, "tl.sum(x * y, 1), mask=row < T", "tl.sum(x * y, 1), mask=row <= T", "shapes", "row_sums float32"),
@@ -143,7 +147,7 @@ def test_every_fault_can_be_planted():
     for fault in FAULTS:
         text = (Path(kernels.__file__).parent / fault.file).read_text()
         assert text.count(fault.old) == 1, f"{fault.old!r} stands {text.count(fault.old)} times in {fault.file}"
-    assert {fault.file for fault in FAULTS} == {ROWS, COLUMNS, TILE, FORWARD, BACKWARD}
+    assert {fault.file for fault in FAULTS} == {ROWS, COLUMNS, TILE, FORWARD, BACKWARD, LAUNCHES}
 
 
 def check_without_a_fault(folder, faults):

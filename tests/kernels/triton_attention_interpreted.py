@@ -214,22 +214,26 @@ def far(x, stride):
     return far_rows(x.transpose(0, 1).flatten(1), -stride).unflatten(1, (-1, x.shape[2])).transpose(0, 1)
 
 
-SPREAD = {  # lengths, elements between tokens (minus: between heads)
-    "tokens": ([18], FAR // 17 // 8 * 8),  # the 17th is past 2^31; within a block of 16 offsets fit
-    "documents": ([1] * 18, FAR // 17 // 8 * 8),
-    "heads": ([3], -FAR // 2),
+SPREAD = {  # lengths, elements between tokens (minus: between heads), rows of a block
+    "tokens": ([150], FAR // 144 // 8 * 8, 16),  # the first of the last block is past 2^31; within a block offsets fit
+    "documents": ([145, 2], FAR // 144 // 8 * 8, 16),
+    "heads": ([3], -FAR // 2, 16),
+    "the widest block": ([128], 2**24 - 8, 128),
+    "tokens of one block": ([18], FAR // 15 // 8 * 8, 16),
 }
 
 
 @case("shapes", *((name,) for name in SPREAD))
 def offsets_past_32_bits(name):
-    """Tokens of a document, documents and heads that lie 2.3e9 elements apart give the bits of those side by side."""
-    lengths, stride = SPREAD[name]
-    blocks(16, 16)
-    (q, k, v, sinks), up = make(lengths, lengths, 3, 3, 16, 16, torch.bfloat16, 23)
-    exact = ours([q, k, v, sinks], up, lengths, lengths, {})
+    """Tokens of a document or a block, documents and heads 2.3e9 elements apart give the bits of those side by side."""
+    lengths, stride, block = SPREAD[name]
+    heads = 3 if stride < 0 else 1
+    blocks(block, block)
+    (q, k, v, sinks), up = make(lengths, lengths, heads, heads, 16, 16, torch.bfloat16, 23)
+    options = {"window": (20, 0)}
+    exact = ours([q, k, v, sinks], up, lengths, lengths, options)
     spread = [far(x, stride).requires_grad_() for x in (q, k, v)]
-    assert same_bits(ours([*spread, sinks], far(up, stride), lengths, lengths, {}), exact)
+    assert same_bits(ours([*spread, sinks], far(up, stride), lengths, lengths, options), exact)
 
 
 @case("shapes", (torch.float32,), (torch.bfloat16,))

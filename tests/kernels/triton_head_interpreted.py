@@ -481,6 +481,21 @@ def offsets_past_32_bits_in_tiles():
     assert same_bits(*results)
 
 
+@case("tile")
+def rows_of_one_tile_past_32_bits():
+    """Such operands are copied; the kernels alone would wrap within a tile."""
+    from longtrace.kernels.head import triton_tile
+
+    h, weight, bias, target, a, b, e = make_tile(20, 16, 20, torch.bfloat16)
+    results = []
+    for x, w in ((h, weight), (far_rows(h, FAR // 15), weight), (h, far_rows(weight, FAR // 15))):
+        operands = (x, w, bias, target, PLAIN)
+        stats = triton_tile.tile_stats(*operands, True)
+        gradients = (gradient(*operands, stats, a, b, e) for gradient in (triton_tile.tile_dh, triton_tile.tile_dw))
+        results.append((*stats, *gradients))
+    assert same_bits(*results[:2]) and same_bits(*results[1:])
+
+
 @case("tile", (1e4,), (float("-inf"),))
 def hard_biases(offset):
     from longtrace.kernels.head import triton_tile
