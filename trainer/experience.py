@@ -24,6 +24,7 @@ from longtrace import kernels as K
 
 from .checkpoint import MetricsLog
 from .config import Refusal
+from .evaluate import prompt_of
 from .model import DTYPES, Model
 from .objectives import token_weights
 from .rollout import Completion, Sampling
@@ -358,7 +359,7 @@ class RolloutSource:
                 self.samples.append(
                     {
                         "step": self.steps + 1,
-                        "problem": str(self.prompts[group.number].row.messages[-1]["content"]),
+                        "problem": str(prompt_of(self.prompts[group.number].row)[-1]["content"]),
                         "completion": self.prompts[group.number].text_of(texts[i]),
                         "reward": None if math.isnan(group.rewards[i]) else float(group.rewards[i]),
                         "cut_off": not completion.finished,

@@ -1,4 +1,5 @@
-"""Chain arithmetic: numbered operations modulo m, one a line, with slips that are noticed and repaired on request."""
+"""Chain arithmetic: numbered operations modulo m, one a line; on request with slips that are noticed and repaired, or with
+errors that are not."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ class Chain(Options):
     steps: tuple[int, int] | None = None
     modulus: int = 100
     slips: float | None = None
+    errors: float = 0.0
 
     def fault(self) -> str | None:
         """What does not fit together, as "option: found X; accepted: Y"."""
         if self.target and self.steps:
             return "target: found with steps, which sets the length too; accepted: one of them"
-        if self.slips and self.style == "answer":
-            return "slips: found with style=answer, which has no trace; accepted: one of them"
+        for name in ("slips", "errors"):
+            if getattr(self, name) and self.style == "answer":
+                return f"{name}: found with style=answer, which has no trace; accepted: one of them"
         return None
 
 
@@ -56,7 +59,7 @@ def make_row(options: Chain, rng: random.Random) -> dict:
     slips = options.slips if options.slips is not None else (0.1 if options.style == "verbose" else 0.0)
     while True:
         start, ops, problem = _draw(options, steps, rng)
-        thought, value = _solve(start, ops, options.modulus, options.style, slips, rng)
+        thought, value = _solve(start, ops, options.modulus, options.style, slips, options.errors, rng)
         if target is None or near(thought, str(value), target):
             break
         # Lines vary in length: step towards the target, with a little noise so that no two sizes alternate for ever.
@@ -65,16 +68,26 @@ def make_row(options: Chain, rng: random.Random) -> dict:
     return {
         "problem": problem,
         "thought": None if options.style == "answer" else thought,
-        "answer": str(value),
+        "answer": str(_result(start, ops, options.modulus)),
+        "reached": str(value),
         "steps": len(ops),
         "modulus": options.modulus,
     }
 
 
-def _solve(start, ops, m, style, slips, rng) -> tuple[list[str], int]:
+def _result(start: int, ops: list[tuple[str, int]], m: int) -> int:
+    for sign, b in ops:
+        start = _SIGN[sign](start, b) % m
+    return start
+
+
+def _solve(start, ops, m, style, slips, errors, rng) -> tuple[list[str], int]:
+    """The lines of a trace and the value that it ends with: the result, unless there are errors."""
     value, lines = start, []
     for i, (sign, b) in enumerate(ops, 1):
         exact = _SIGN[sign](value, b)
+        if errors and rng.random() < errors:  # any other residue, all the way to the end
+            exact += rng.randrange(1, m)
         slipped = rng.random() < slips
         if slipped:
             wrong = exact + rng.choice((-10, -2, -1, 1, 2, 10))

@@ -60,6 +60,7 @@ _READ: dict[str, Callable] = {
     "steps": lambda t: _span(t, 1, 10_000),
     "modulus": lambda t: _integer(t, 7, 1000),
     "slips": _share,
+    "errors": _share,
     "n": lambda t: _integer(t, 3, 6),
 }
 
@@ -110,7 +111,7 @@ def rows(spec: str) -> Iterator[dict]:
         for index in range(options.rows):
             rng = random.Random(f"{name} {options.seed} {options.split} {index}")
             row = make_row(options, rng)
-            row["trace"] = whole_trace(row.pop("thought"), row["answer"])
+            row["trace"] = whole_trace(row.pop("thought"), row.pop("reached", row["answer"]))
             yield row | {
                 "task": name,
                 "style": options.style,

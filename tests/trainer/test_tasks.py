@@ -189,6 +189,18 @@ def test_slips_are_labelled_and_only_repaired_ones_are_sound():
     assert any("repairs a line that was right" in fault for fault in faults(idle | {"trace": again}))
 
 
+def test_errors_go_unnoticed_to_the_end():
+    """The row keeps the right answer, the trace reaches another; as many traces are right as the share of errors says."""
+    made = rows("chain,steps=8,modulus=10,errors=0.15,rows=1000")
+    right = [tasks.solved(row, row["trace"]) for row in made]
+    assert 0.85**8 - 0.05 < sum(right) / 1000 < 0.85**8 + 0.07  # two errors may cancel
+    clean = {row["problem"]: row["answer"] for row in made}
+    for row, ok in zip(made, right):
+        assert ok or not all(v.ok for v in tasks.verify_trace(row))
+        assert (f"\\boxed{{{clean[row['problem']]}}}" in row["trace"]) == ok
+    assert "reached" not in made[0]
+
+
 @pytest.mark.parametrize("modulus", [7, 10, 11, 97, 100, 1000])
 def test_slips_are_wrong_under_every_modulus(modulus):
     for row in rows(f"chain,modulus={modulus},slips=1,rows=60,steps=5"):
@@ -296,7 +308,7 @@ def test_solved_countdown_divides_exactly():
     "spec,named",
     [
         ("sudoku", "accepted: chain, countdown"),
-        ("chain,stpes=8", "accepted: rows, seed, split, style, target, steps, modulus, slips"),
+        ("chain,stpes=8", "accepted: rows, seed, split, style, target, steps, modulus, slips, errors"),
         ("countdown,steps=8", "accepted: rows, seed, split, style, target, n"),
         ("chain,steps", "unknown option 'steps'"),
         ("chain,", "unknown option ''"),

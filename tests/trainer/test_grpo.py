@@ -1,0 +1,207 @@
+"""`longtrace grpo` from the command's dataclass to the run folder, and the source's accounting."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longtrace.trainer import checkpoint, grpo
+from longtrace.trainer.config import Refusal
+from longtrace.trainer.evaluate import cons_at_k, pass_at_k
+from longtrace.trainer.experience import Group, Prompt, RolloutSource
+from longtrace.trainer.grpo import GRPOConfig
+from longtrace.trainer.model import load_model
+from longtrace.trainer.objectives import PolicyGradient, token_weights
+from longtrace.trainer.rollout import Completion, Engine
+from longtrace.trainer.rows import Row
+
+CHAINS = "generated:chain,steps=2,modulus=10,rows=40"
+
+
+def config_of(folder, out, **changes):
+    defaults = dict(
+        model=str(folder), data=[CHAINS], out=out, max_tokens=160, tokens_per_row=480, max_new_tokens=16, steps=3,
+        prompts_per_rollout=4, group_size=4, lr=1e-3, dtype="fp32", activation_checkpointing="off", slots=16, warmup=0,
+        schedule="constant", reward=["tests_grpo_rewards:digits"],
+    )  # fmt: skip
+    return GRPOConfig(**(defaults | changes))
+
+
+@pytest.fixture(autouse=True)
+def digits(tmp_path, monkeypatch):
+    """A user's reward: the share of digits in what was written. It differs within most groups."""
+    (tmp_path / "tests_grpo_rewards.py").write_text(
+        "def digits(completions, rows):\n    return [sum(c.isdigit() for c in t) / max(len(t), 1) for t in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_a_model_metrics_samples_and_a_page(tiny_model, tmp_path, capsys):
+    out = tmp_path / "run"
+    result = grpo.grpo(config_of(tiny_model(), out, eval_data=[CHAINS + ",split=test"], eval_limit=3, eval_samples=2))
+    assert result.steps == 3 and len(result.metrics) == 3
+    row = result.metrics[-1]
+    for name in ("reward", "reward_tests_grpo_rewards:digits", "groups_mixed", "completion_tokens", "cut_off",
+                 "generate_tok_per_sec", "reflections", "entropy"):  # fmt: skip
+        assert math.isfinite(row[name]), name
+    assert row["groups_mixed"] + row["groups_all_right"] + row["groups_all_wrong"] == 4
+    assert {"eval_pass@1", "eval_pass@2", "eval_cons@2", "eval_tokens", "eval_cut_off"} <= row.keys()
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 3} and samples[0]["problem"].startswith("Start with")
+    page = (out / "report.html").read_text()
+    assert "Reinforcement learning of" in page and "What it writes" in page and "<svg" in page
+    before, after = weights(tiny_model()), weights(out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_more_of_what_is_rewarded(tiny_model, tmp_path):
+    """Thirty steps on the share of digits: the policy writes clearly more of them."""
+    result = grpo.grpo(
+        config_of(tiny_model(), tmp_path / "run", steps=30, lr=1e-2, prompts_per_rollout=8, group_size=8)
+    )
+    rewards = [row["reward"] for row in result.metrics]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"steps_per_rollout": 2, "beta": 0.05, "reference_reset": 3}], ids=["one", "two"]
+)
+def test_resuming_is_exact(options, tiny_model, tmp_path):
+    """Stopped after step 3 of 5, in the middle of a rollout with two steps each: the same bits at the end."""
+    whole = grpo.grpo(config_of(tiny_model(), tmp_path / "whole", steps=5, save_every=3, keep_last=2, **options))
+    part = tmp_path / "part"
+    grpo.grpo(config_of(tiny_model(), part, steps=5, save_every=3, keep_last=2, **options))
+    for later in sorted((part / "checkpoints").glob("step-0000000[45]")):
+        checkpoint._remove(later)
+    again = grpo.grpo(config_of(tiny_model(), part, steps=5, save_every=3, resume="auto", **options))
+    assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
+    a, b = weights(tmp_path / "whole"), weights(part)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (part / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def source_of(tiny_model, tmp_path, rewards, **changes):
+    """A source whose rollouts are made up: group i has rewards[i]."""
+    config = grpo.check(config_of(tiny_model(), tmp_path / "out", **changes))
+    model = load_model(config)
+    draw = np.random.default_rng(0)
+    prompts = [Prompt([5, 6, 7 + i], Row([{"content": "?"}], None, "", {}), None) for i in range(len(rewards))]
+    source = RolloutSource(config, model, None, prompts, None)
+    groups = []
+    for i, own in enumerate(rewards):
+        done = [Completion(draw.integers(5, 60, n).tolist(), [-1.0] * n, True) for n in draw.integers(1, 9, len(own))]
+        groups.append(Group(i, done, np.array(own, dtype=float), {}))
+    source._generate = lambda numbers, attempt, say: groups
+    return source, model
+
+
+def gradient(source, model, objective):
+    batches = source.next()
+    count = sum(objective.count(b) for b in batches)
+    model.hf.zero_grad()
+    for batch in batches:
+        (objective(model.hidden(batch), model.head(), batch)[0] / count).backward()
+    return torch.cat([p.grad.flatten() for p in model.hf.parameters() if p.grad is not None]), batches, count
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_degenerate_groups_leave_and_change_nothing(loss, tiny_model, tmp_path):
+    """Equal gradients with and without them in the forward; the denominators keep their rows."""
+    rewards = [[1, 1, 1], [0.7] * 8, [0, 1, 0, 1], [0, 0], [1], [0.2, 0.9, 0.4]]
+    left, model = source_of(tiny_model, tmp_path, rewards, loss=loss)
+    got, batches, count = gradient(left, model, PolicyGradient(loss))
+    assert sum(len(b.documents) for b in batches) == 7
+    kept, model = source_of(tiny_model, tmp_path, rewards, loss=loss, entropy_bonus=1e-300)
+    expected, batches, whole = gradient(kept, model, PolicyGradient(loss, entropy_bonus=1e-300))
+    assert sum(len(b.documents) for b in batches) == sum(map(len, rewards))
+    assert count == pytest.approx(whole)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_step_without_a_gradient_is_a_step(tiny_model, tmp_path):
+    source, _ = source_of(tiny_model, tmp_path, [[1, 1], [0, 0]])
+    assert source.next() == [] and source.steps == 1
+    assert source.metrics["groups_all_right"] == 1 and source.metrics["groups_all_wrong"] == 1
+
+
+def test_masked_completions_leave_the_denominators(tiny_model, tmp_path):
+    source, _ = source_of(tiny_model, tmp_path, [[0, 1, math.nan], [1, 0]])
+    batches = source.next()
+    assert sum(b.count for b in batches) == 4 and sum(len(b.documents) for b in batches) == 4
+
+
+def test_the_first_update_has_ratio_one_and_no_divergence(tiny_model, tmp_path):
+    config = grpo.check(config_of(tiny_model(), tmp_path / "out", beta=0.1, dtype="bf16", steps_per_rollout=2))
+    model = load_model(config)
+    model.hf.to(torch.bfloat16)
+    source = RolloutSource(
+        config, model, Engine.of(model, 16), grpo.read_prompts(config.data, model, config),
+        lambda asked, done: (np.array([float(len(c.tokens) % 5) + c.tokens[0] % 3 for c in done]), {}),
+    )  # fmt: skip
+    objective = PolicyGradient(beta=0.1)
+    targets = ratios = kl = 0.0
+    for batch in source.next():
+        model.hf.eval()
+        _, metrics = objective(model.hidden(batch), model.head(), batch)
+        targets += int((batch.labels != -100).sum())
+        ratios, kl = ratios + metrics["ratio"], kl + metrics["kl"]
+    assert targets and abs(ratios / targets - 1) < 1e-5 and abs(kl / targets) < 1e-5
+
+
+def test_token_weights_are_the_papers_normalisers():
+    for loss, expected in (
+        ("grpo", [1 / 4 / 2, 1 / 2 / 2]),
+        ("dapo", [1 / 6, 1 / 6]),
+        ("dr_grpo", [1 / 10 / 2, 1 / 10 / 2]),
+    ):
+        weights, count = token_weights(loss, [4, 2], 10)
+        np.testing.assert_allclose(np.array(weights) / count, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"group_size": 0}, "--group-size 0"),
+        ({"steps_per_rollout": 5}, "--steps-per-rollout 5"),
+        ({"max_new_tokens": 160}, "--max-new-tokens 160"),
+        ({"reference_reset": 4}, "--reference-reset needs --beta"),
+        ({"tokens_per_step": 4096}, "--tokens-per-step"),
+        ({"tokens_per_row": 100}, "--tokens-per-row 100"),
+        ({"reward": ["accuracies"]}, "--reward accuracies"),
+        ({"max_tokens": 40}, "a prompt of"),
+        ({"patience": 2}, "--patience needs"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(changes, message, tiny_model, tmp_path):
+    with pytest.raises(Refusal, match=message):
+        grpo.grpo(config_of(tiny_model(), tmp_path / "out", **changes))
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    from itertools import combinations
+
+    for n, c, k in ((5, 2, 3), (6, 0, 2), (6, 6, 1), (4, 1, 4)):
+        samples = [1] * c + [0] * (n - c)
+        share = np.mean([any(chosen) for chosen in combinations(samples, k)])
+        assert pass_at_k(n, c, k) == pytest.approx(share)
+    with pytest.raises(ValueError, match="needs 1 <= k"):
+        pass_at_k(3, 1, 4)
+
+
+def test_cons_at_k_is_the_majoritys_share():
+    assert cons_at_k(["3", "3", "4", None], "3", 4) == 1
+    assert cons_at_k(["3", "4"], "3", 2) == 0.5
+    assert cons_at_k([None, None], "3", 2) == 0
+    assert cons_at_k(["3", "3", "4", "4", "4"], "3", 1) == pytest.approx(0.4, abs=0.06)
+    with pytest.raises(ValueError, match="accepted: 1 to 2"):
+        cons_at_k(["1", "2"], "1", 3)
