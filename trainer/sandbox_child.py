@@ -168,7 +168,7 @@ def landlock(libc, folder: str) -> bool:
     version = libc.syscall(create, None, 0, 1)
     if version < 1:
         return False
-    execute, write, read, list_folder, refer, truncate, device = 1, 2, 4, 8, 1 << 13, 1 << 14, 1 << 15
+    write, read, list_folder, refer, truncate, device = 2, 4, 8, 1 << 13, 1 << 14, 1 << 15
     files = (1 << 13) - 1  # all rights of the first version
     files |= (refer if version >= 2 else 0) | (truncate if version >= 3 else 0) | (device if version >= 5 else 0)
     tcp = 3 if version >= 4 else 0  # bind, connect
@@ -178,9 +178,11 @@ def landlock(libc, folder: str) -> bool:
     if rule_set < 0:
         return False
     readable = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64")}
-    rights = {path: execute | read | list_folder for path in readable}
+    rights = {
+        path: read | list_folder for path in readable
+    }  # libraries are mapped, which is reading; exec is not granted
     rights |= {path: read for path in ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")}
-    rights |= {"/dev/null": read | write | (truncate & files), folder: files & ~execute}
+    rights |= {"/dev/null": read | write | (truncate & files), folder: files & ~1}
     for path, allowed in rights.items():
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -197,28 +199,20 @@ def landlock(libc, folder: str) -> bool:
 
 def forbid(folder: str) -> None:
     """Where the kernel does not help: an audit hook that denies sockets, processes, foreign code and writes elsewhere."""
-    prefixes = (
-        "socket.",
-        "subprocess.",
-        "os.exec",
-        "os.fork",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.system",
-        "os.kill",
-        "ctypes.",
+    prefixes = tuple(
+        [
+            "socket.",
+            "subprocess.",
+            "ctypes.",
+            "os.exec",
+            "os.fork",
+            "os.posix_spawn",
+            "os.spawn",
+            "os.system",
+            "os.kill",
+        ]
     )
-    changes = {
-        "os.mkdir",
-        "os.remove",
-        "os.rename",
-        "os.rmdir",
-        "os.truncate",
-        "os.link",
-        "os.symlink",
-        "os.chmod",
-        "os.chown",
-    }
+    changes = set(["mkdir", "remove", "rename", "rmdir", "truncate", "link", "symlink", "chmod", "chown"])
 
     def inside(path) -> bool:
         path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
@@ -234,7 +228,7 @@ def forbid(folder: str) -> None:
             )
             if writes and not isinstance(path, int) and not inside(path):
                 raise PermissionError("writing outside the folder is not allowed here")
-        if event in changes and not inside(arguments[0]):
+        if event.removeprefix("os.") in changes and not inside(arguments[0]):
             raise PermissionError(f"{event} outside the folder is not allowed here")
 
     sys.addaudithook(hook)

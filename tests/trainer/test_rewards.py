@@ -254,6 +254,8 @@ def gym_rows(spec):
 def test_reasoning_gym_scores_its_own_tasks(pool):
     rows = gym_rows("chain_sum,min_terms=2,max_terms=3,size=4,seed=3")
     right = rows[0].answer
+    without = [[r.raw for r in gym_rows("chain_sum,size=3")] for _ in range(2)]
+    assert without[0] == without[1]  # the same problems whenever they are read, or no run could be resumed
     assert [rewards.kind_of(r) for r in rows] == ["gym"] * 4
     texts = [f"\\boxed{{{right}}}", right, f"<think>so</think>The answer is {right}.", f"<answer>{right}</answer>"]
     batch = [Completion(text, rows[0]) for text in [*texts, "\\boxed{x}", "", f"<think>{right}"]]
