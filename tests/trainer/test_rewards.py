@@ -147,6 +147,15 @@ def test_tests_that_cannot_be_read_are_refused(tests):
         rewards.score([Completion("```\n1\n```", row(tests=tests))])
 
 
+def test_a_scorer_that_is_not_installed_is_refused():
+    class Without:
+        def check(self, jobs):
+            raise ImportError("No module named 'reasoning_gym'")
+
+    with pytest.raises(Refusal, match=r"No module named 'reasoning_gym'; accepted: pip install 'longtrace\[rl\]'"):
+        rewards.score([Completion("3", row("3", metadata={"source_dataset": "chain_sum"}))], Without())
+
+
 def test_a_row_without_anything_to_check_is_refused():
     with pytest.raises(Refusal, match=r"file.jsonl:1: nothing to check with"):
         rewards.score([Completion("3", row(), finished=False)])
