@@ -14,12 +14,14 @@ from rich.table import Table
 from longtrace import kernels as K
 from longtrace.kernels.selfcheck import self_check
 
+from . import sandbox
 from .config import Refusal
 from .environment import cpu_features, cpu_name, memory_bytes, packages
 
 OPTIONAL = {
     "triton": "GPU kernels (Linux): pip install 'longtrace[gpu]'",
     "peft": "LoRA: pip install 'longtrace[lora]'",
+    "reasoning_gym": "its tasks and scorers: pip install 'longtrace[rl]'",
     "torchao": "8-bit AdamW: pip install 'longtrace[optim]'",
     "flash_attn": "flash-attention on CUDA: docs/install.md",
     "trl": "the peer of `longtrace bench`: pip install 'longtrace[bench]'",
@@ -43,6 +45,8 @@ def doctor(config: DoctorConfig) -> None:
     facts.add_row("memory", f"{memory_bytes() / 1e9:.1f} GB" if memory_bytes() else "unknown")
     facts.add_row("accelerator", _accelerator())
     facts.add_row("compiler", shutil.which("g++") or shutil.which("clang++") or "none: pure PyTorch kernels")
+    let_through = [limit for limit, holds in sandbox.protections().items() if not holds]
+    facts.add_row("sandbox", f"does not hold: {', '.join(let_through)}" if let_through else "all limits hold")
     console.print(facts)
 
     console.rule("backends", align="left")

@@ -12,7 +12,7 @@ from .model import SAFE, _refusing, load_tokenizer
 
 
 class RewardModel:
-    """Scores conversations with a sequence-classification head of one output (Skywork, ArmoRM, GRM, Bradley-Terry heads).
+    """Scores conversations with a sequence-classification head of one output, such as Skywork-Reward's.
 
     name: folder or hub name, loaded without its code and without pickle. batch_size: conversations scored at once.
     max_tokens: longer ones keep their end. Raises Refusal for a model without such a head or without a chat template.
@@ -24,7 +24,7 @@ class RewardModel:
         self.tokenizer = load_tokenizer(name)
         with _refusing(name, "model"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        heads = [a for a in config.architectures or [] if a.endswith(("ForSequenceClassification", "ForRewardModel"))]
+        heads = [a for a in config.architectures or [] if a.endswith("ForSequenceClassification")]
         if config.num_labels != 1 or not heads:
             raise Refusal(
                 f"{name}: found {', '.join(config.architectures or ['no architecture'])} with {config.num_labels} outputs; "
@@ -33,9 +33,8 @@ class RewardModel:
         if not self.tokenizer.chat_template:
             raise Refusal(f"{name}: the tokenizer has no chat template; accepted: a reward model with one")
         with _refusing(name, "model"):
-            self.model = (
-                AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", **SAFE).to(device).eval()
-            )
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", **SAFE)
+        self.model = model.to(device).eval()
         self.batch_size, self.max_tokens = batch_size, max_tokens
 
     @torch.inference_mode()

@@ -129,7 +129,7 @@ def kind_of(row: Row) -> str | None:
 def score(completions: Sequence[Completion], pool: Verifier | None = None) -> list[float | None]:
     """The accuracy of every completion: 1.0 right, 0.0 wrong, None cut off; reasoning_gym may give a part of 1.
 
-    All that need another process are checked at once. Raises Refusal for a row that nothing can check.
+    All that need another process are checked at once. Raises Refusal for a row that nothing here can check.
     """
     results: list[float | None] = [None] * len(completions)
     jobs: list[tuple[int, verifier.Job]] = []
@@ -154,7 +154,12 @@ def score(completions: Sequence[Completion], pool: Verifier | None = None) -> li
             given, gold = answers.final_answer(completion.text, completion.thinking), _gold(row.answer)
         if kind != "own" and given is not None and len(given) <= 100_000:
             jobs.append((i, (kind, given, gold)))
-    verdicts = (pool or verifier.default()).check([job for _, job in jobs]) if jobs else []
+    try:
+        verdicts = (pool or verifier.default()).check([job for _, job in jobs]) if jobs else []
+    except ImportError as error:
+        raise Refusal(
+            f"accuracy: a scorer is not installed: {error}; accepted: pip install 'longtrace[rl]' for reasoning_gym rows"
+        ) from error
     for (i, _), verdict in zip(jobs, verdicts):
         results[i] = verdict or 0.0
     return results

@@ -199,7 +199,7 @@ def _reasoning_gym(spec: str, rest: str) -> Iterator[dict[str, Any]]:
     try:
         options = dict(pair.split("=", 1) for pair in pairs)
         options = {key: json.loads(value) if JSON_WORD.fullmatch(value) else value for key, value in options.items()}
-        dataset = reasoning_gym.create_dataset(name, **options)
+        dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **options})  # its own default is a random one
     except (ValueError, TypeError, AssertionError) as error:
         raise Refusal(f"{spec}: {error}; accepted: reasoning_gym:NAME,key=value,...") from None
     for i in range(len(dataset)):

@@ -126,19 +126,23 @@ def fence(program: str) -> str:
     return f"<think>\nhm\n</think>\n\nHere it is:\n```python\n{program}```\n"
 
 
-def hostile(seed: int, marker: str, victim: str, count: int = 500) -> list[Case]:
-    """`count` cases, the same for a seed. No program may make the file `marker`, or read, change or move `victim`."""
+def hostile(seed: int, marker: str, victim: str, count: int = 500, heavy: bool = True) -> list[Case]:
+    """`count` cases, the same for a seed. No program may make the file `marker`, or read, change or move `victim`.
+
+    heavy: with the kinds that take the whole limit or a process of their own.
+    """
     rng = random.Random(seed)
-    kinds = [nested, towers, huge, look_alikes, thoughts, several, injected, plain, words, programs, programs]
-    fixed = [case for kind in kinds[:-1] for case in kind(rng, every=True)]
-    while len(fixed) < count:
-        fixed += rng.choice(kinds)(rng)
-    cases = fixed[:count]
+    kinds = [nested, huge, look_alikes, thoughts, several, injected, plain, words]
+    kinds += [towers, programs] if heavy else []
+    cases = [case for kind in kinds for case in kind(rng, every=True)]
+    kinds += [programs] if heavy else []  # twice as often
+    while len(cases) < count:
+        cases += rng.choice(kinds)(rng)
 
     def placed(text: str) -> str:
         return text.replace("{marker}", marker).replace("{victim}", victim)
 
-    return [Case(**(vars(case) | {"text": placed(case.text)})) for case in cases]
+    return [Case(**(vars(case) | {"text": placed(case.text)})) for case in cases[:count]]
 
 
 def box(content: str) -> str:

@@ -12,14 +12,16 @@ from longtrace.trainer.rows import Row
 from longtrace.trainer.verifier import Verifier
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is the kernel's on Linux only")
-def test_five_hundred_hostile_completions(seed, tmp_path):
-    assert all(sandbox.protections().values()), sandbox.protections()
+@pytest.mark.parametrize("count,heavy", [(250, False), pytest.param(500, True, marks=pytest.mark.slow)])
+def test_hostile_completions(count, heavy, seed, tmp_path):
+    if heavy and sys.platform != "linux":
+        pytest.skip("the sandbox is the kernel's on Linux only")
+    assert not heavy or all(sandbox.protections().values()), sandbox.protections()
     marker, victim = tmp_path / "marker", tmp_path / "victim"
     victim.write_text("unchanged")
-    cases = hostile.hostile(seed, str(marker), str(victim))
-    assert len(cases) == 500
-    assert sum(case.truth == hostile.RIGHT for case in cases) >= 100  # refusing everything does not pass
+    cases = hostile.hostile(seed, str(marker), str(victim), count, heavy)
+    assert len(cases) == count
+    assert sum(case.truth == hostile.RIGHT for case in cases) >= count / 5  # refusing everything does not pass
     batch = []
     for i, case in enumerate(cases):
         raw = {"tests": case.tests} if case.tests else {"answer": case.answer}
@@ -39,5 +41,5 @@ def test_five_hundred_hostile_completions(seed, tmp_path):
     ]
     assert not told, "\n".join(told)
     assert not marker.exists() and victim.read_text() == "unchanged"
-    assert counts["timed_out"] >= len(hostile.ENDLESS) - 1  # all but the one that fills the disk first
+    assert counts["timed_out"] >= (len(hostile.ENDLESS) - 1) * heavy  # all but the one that fills the disk first
     assert counts["failed"] == 0, counts

@@ -147,6 +147,15 @@ def test_tests_that_cannot_be_read_are_refused(tests):
         rewards.score([Completion("```\n1\n```", row(tests=tests))])
 
 
+def test_a_scorer_that_is_not_installed_is_refused():
+    class Without:
+        def check(self, jobs):
+            raise ImportError("No module named 'reasoning_gym'")
+
+    with pytest.raises(Refusal, match=r"No module named 'reasoning_gym'; accepted: pip install 'longtrace\[rl\]'"):
+        rewards.score([Completion("3", row("3", metadata={"source_dataset": "chain_sum"}))], Without())
+
+
 def test_a_row_without_anything_to_check_is_refused():
     with pytest.raises(Refusal, match=r"file.jsonl:1: nothing to check with"):
         rewards.score([Completion("3", row(), finished=False)])
@@ -254,6 +263,8 @@ def gym_rows(spec):
 def test_reasoning_gym_scores_its_own_tasks(pool):
     rows = gym_rows("chain_sum,min_terms=2,max_terms=3,size=4,seed=3")
     right = rows[0].answer
+    without = [[r.raw for r in gym_rows("chain_sum,size=3")] for _ in range(2)]
+    assert without[0] == without[1]  # the same problems whenever they are read, or no run could be resumed
     assert [rewards.kind_of(r) for r in rows] == ["gym"] * 4
     texts = [f"\\boxed{{{right}}}", right, f"<think>so</think>The answer is {right}.", f"<answer>{right}</answer>"]
     batch = [Completion(text, rows[0]) for text in [*texts, "\\boxed{x}", "", f"<think>{right}"]]

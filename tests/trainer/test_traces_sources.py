@@ -192,7 +192,7 @@ def test_reasoning_gym_rows(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", module)
     (row,) = read_rows("reasoning_gym:chain_sum,min_terms=2,size=1,ratio=0.5,mode=plain")
     assert row.messages == [USER] and row.answer == "4"
-    assert asked == {"name": "chain_sum", "min_terms": 2, "size": 1, "ratio": 0.5, "mode": "plain"}
+    assert asked == {"name": "chain_sum", "seed": 0, "min_terms": 2, "size": 1, "ratio": 0.5, "mode": "plain"}
     with pytest.raises(Refusal, match="not registered"):
         list(read_rows("reasoning_gym:no_such_task"))
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
