@@ -2,7 +2,7 @@
 
 All take the same two lists of gradients in one process, in turn, and give the blend in place with both norms and the dot
 product. GB/s count what has to move, 3 values an element (two read, one written); a copy's count 2. `of_copy` is the share of
-the copy's rate in the same turns. Errors are against float64.
+the rate at which as many values are copied, in one piece, in the same turns. Errors are against float64.
 """
 
 from __future__ import annotations
@@ -97,17 +97,18 @@ def _measure(name: str, shapes: list[torch.Size], dtype: str, chosen: list[str],
     generator = torch.Generator().manual_seed(0)
     trace, empty = ([torch.randn(s, generator=generator).to(DTYPES[dtype]) for s in shapes] for _ in range(2))
     runs = {key: lambda run=IMPLS[key]: run(trace, empty) for key in chosen}
-    runs["copy"] = lambda: torch._foreach_copy_(trace, empty)  # last in a turn: what it leaves is no special value
+    source, copy = (torch.zeros(sum(x.numel() for x in trace), dtype=DTYPES[dtype]) for _ in range(2))
+    runs["copy"] = lambda: copy.copy_(source)
     times = measure(runs, Clock("cpu"), repeats=repeats)
     if times.failed:
         raise RuntimeError(f"bench blend: {times.failed}")
-    size = sum(x.numel() * x.element_size() for x in trace)
+    size = copy.numel() * copy.element_size()
     rate = {key: (2 if key == "copy" else 3) * size / times.row(key)["ms"] / 1e6 for key in runs}
     found = []
     for key in runs:
         err, sums_err = errors(IMPLS[key], DTYPES[dtype]) if key in IMPLS else (None, None)
         found.append({
-            "impl": key, "inputs": name, "tensors": len(shapes), "values": sum(x.numel() for x in trace), "dtype": dtype,
+            "impl": key, "inputs": name, "tensors": len(shapes), "values": copy.numel(), "dtype": dtype,
             **times.row(key), "gb_per_s": rate[key], "of_copy": rate[key] / rate["copy"], "err": err, "sums_err": sums_err,
         })  # fmt: skip
     return found
