@@ -6,13 +6,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-all sanitize lint format verify-gpu bench bench-gpu clean
+.PHONY: help setup demo test test-all sanitize wheels lint format verify-gpu bench bench-gpu clean
 
 help:
 	@echo "make demo      train a tiny reasoning model on this machine, from nothing, in minutes"
 	@echo "make test      the test suite;  make test-all adds the slow ones"
 	@echo "make setup     only .venv, torch and the extension;  then: .venv/bin/longtrace --help"
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make wheels    an sdist and a wheel for this Python in dist/, as a release uploads them"
 	@echo "make verify-gpu  the GPU kernels without a GPU: interpreted, compiled for five parts, one table"
 	@echo "make lint      ruff check and format;  make bench  times this trainer against TRL"
 	@echo "make bench-gpu on a GPU machine: parity and times of every kernel, ten minutes; ARGS=--dry-run anywhere;"
@@ -46,6 +47,9 @@ test-all: .venv/dev
 
 sanitize: .venv/dev
 	@tests/sanitize.sh $(ARGS)
+
+wheels: .venv/dev
+	@tests/wheels.sh
 
 lint: .venv/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tests/file_sizes.py

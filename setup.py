@@ -77,7 +77,7 @@ def extensions() -> list[Extension]:
             depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
-            libraries=["torch_cpu"],
+            libraries=["torch_cpu", "gcc"],  # libgcc.a: fp16 conversions that libgcc_s has only from GCC 12 on
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")],
             extra_compile_args=COMMON,
             py_limited_api=True,

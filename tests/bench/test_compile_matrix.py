@@ -77,15 +77,20 @@ def test_a_baseline_keeps_other_compilers_and_other_parts(tmp_path):
 
 
 def test_the_committed_baseline_is_of_what_ships():
-    """Every shipped object of some Triton, none that is gone, no spill, and a matrix instruction where a dot is."""
+    """Every shipped object of some Triton, none that is gone, no spill, and a matrix instruction where a dot is.
+
+    Another Triton's may hold fewer parts, but each whole.
+    """
     from longtrace.bench import compile_cases
 
     shipped = {case.name: case for arch in compile_cases.ARCHITECTURES for case in compile_cases.shipped(arch)}
     baseline = {k: v for k, v in compile_matrix.read_baseline().items() if k.startswith("triton")}
     if not baseline:
         pytest.skip("no baseline is committed yet: longtrace bench compile_matrix --baseline")
+    assert any(objects.keys() == shipped.keys() for objects in baseline.values())
     for objects in baseline.values():
-        assert objects.keys() == shipped.keys()
+        parts = {name.rpartition(", ")[2] for name in objects}
+        assert objects.keys() == {name for name, case in shipped.items() if case.arch in parts}
         for name, values in objects.items():
             row = dict(zip(compile_matrix.MEASURES, values))
             assert row["spills"] == 0 and bool(row["instruction"]) >= shipped[name].product, name

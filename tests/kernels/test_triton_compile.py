@@ -1,10 +1,12 @@
 """The Triton kernels compiled ahead of time, for GPUs this machine does not have: see longtrace.bench.compile_objects.
 
-Held here: no spill, shared memory within the part, matrix instructions where a dot is, fp32 products in full.
+Held here: no spill, shared memory within the part, matrix instructions where a dot is, fp32 products in full, and nothing
+worse than in the committed baseline of the same Triton.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -13,18 +15,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'longtrace[gpu]'")
 
-from longtrace.bench import compile_cases, compile_objects  # noqa: E402
+from longtrace.bench import compile_cases, compile_matrix, compile_objects  # noqa: E402
 from longtrace.kernels.attention import cuda, triton_backward, triton_forward  # noqa: E402
 from longtrace.kernels.head import triton_columns, triton_rows, triton_tile  # noqa: E402
 
 MODULES = (triton_rows, triton_columns, triton_tile, triton_forward, triton_backward)
 PARTS = compile_cases.ARCHITECTURES
+BASELINE = compile_matrix.read_baseline().get(f"triton {triton.__version__}", {})
 
 
 def check(case):
     row = compile_objects.triton_row(case)
     assert not row["problem"], f"{case.name}: {row['problem']}"
     assert row["spills"] == 0 and row["registers"] > 0 and 0 < row["occupancy"] <= 1, row
+    if case.name in BASELINE:
+        worse = compile_matrix.regressions(row, BASELINE[case.name])
+        assert not worse, f"{case.name}: {', '.join(worse)}"
     return row
 
 
@@ -66,6 +72,20 @@ def test_everything(case):
         assert row["instruction"] == compile_objects.MATRIX[case.arch][0], row
 
 
+@pytest.mark.skipif(not BASELINE, reason="no baseline of this Triton")
+@pytest.mark.parametrize(
+    "change, said",
+    [({"constants": {"BLOCK": 8192}}, "registers|spills"), ({"options": {"num_warps": 1}}, "registers|spills")],
+    ids=["block", "warps"],
+)
+def test_a_regression_is_noticed(change, said):
+    """A shipped size made worse, and compiled: more values a thread take more registers, or spill."""
+    case = next(case for case in compile_cases.head_cases("sm_90") if case.kernel == "rows stats")
+    worse = {field: getattr(case, field) | values for field, values in change.items()}
+    with pytest.raises(AssertionError, match=said):
+        check(dataclasses.replace(case, **worse))
+
+
 def test_every_kernel_is_compiled():
     there = {x for m in MODULES for name, x in vars(m).items() if name.endswith("_kernel")}
     assert there == {case.function for case in compile_cases.shipped("sm_90")}
@@ -82,6 +102,15 @@ def test_no_size_or_hyper_parameter_is_a_constant():
         )
         special = {x.name for x in case.function.params if compile_cases.is_size(x.name) and not x.do_not_specialize}
         assert not special, f"{case.name}: {special}"
+
+
+def test_offsets_within_a_block_fit_32_bits():
+    """Rows of operands lie nearer than NEAR; a kernel that multiplies an int32 row by a stride has at most 128 of them."""
+    rows = [
+        value for arch in PARTS for case in compile_cases.shipped(arch) if case.kernel.startswith(("tile", "attention"))
+        for key, value in case.constants.items() if key in ("BLOCK_M", "BLOCK_N", "BLOCK_T", "BLOCK_V")
+    ]  # fmt: skip
+    assert max(rows) == 128 and 128 * (triton_rows.NEAR - 1) < 2**31
 
 
 def test_every_attention_size_that_ships_is_compiled():
