@@ -1,7 +1,8 @@
 """`longtrace demo`: a reasoning model from nothing, in minutes, on a laptop's processor.
 
-A tiny Llama starts from random weights and learns chains of arithmetic from traces. A control, the same model with the
-same number of steps, learns the same problems from their answers alone. Both then answer held-out problems.
+A tiny Llama starts from random weights and learns chains of arithmetic from the traces of a careless teacher, whose every
+seventh step is wrong (the cold start). A control, the same model with the same number of steps, learns the same problems
+from right answers alone. Then reinforcement learning rewards the first for right answers, and they answer held-out problems.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from . import report, tasks, traces, train
 from .checkpoint import write_atomic
 from .config import Refusal, SFTConfig, to_yaml
 from .evaluate import solved_rate
+from .grpo import GRPOConfig, grpo
 from .model import choose_device, load_for_generation
 
 console = Console()
@@ -37,7 +39,7 @@ TEMPLATE = (
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Train a tiny reasoning model from nothing, in minutes, and see what traces buy."""
+    """Train a tiny reasoning model from nothing, in minutes: traces first, then rewards."""
 
     out: Path = Path("runs/demo")
     """Folder for the models, summary.json and report.html; an earlier demo in it is replaced."""
@@ -52,19 +54,25 @@ class Recipe:
     """What the demo trains, and the bar it holds itself to. Found by experiment: docs/tasks.md tells how."""
 
     steps_of_a_chain: int = 8
-    optimizer_steps: int = 1200
+    errors: float = 0.15  # of the teacher's steps: 0.85^8 = 27 % of its traces end right
+    optimizer_steps: int = 1000
     tokens_per_row: int = 704  # eight chains
     problems: int = 9600
     held_out: int = 300
     lr: float = 3e-3
-    control_steps: int = 1200
-    bar_solved: float = 0.8
-    bar_control: float = 0.5
+    control_steps: int = 1000
+    rl_steps: int = 60
+    rl_prompts: int = 16
+    rl_lr: float = 3e-4
+    bar_sft: tuple[float, float] = (0.15, 0.45)
+    bar_rl: float = 0.7
+    bar_control: float = 0.3
     bar_untrained: float = 0.05
 
-    def data(self, seed: int, split: str = "train", style: str = "concise") -> str:
+    def data(self, seed: int, split: str = "train", style: str = "concise", errors: float = 0.0) -> str:
         rows = self.problems if split == "train" else self.held_out
         spec = f"generated:chain,steps={self.steps_of_a_chain},modulus=10,rows={rows},split={split}"
+        spec += f",errors={errors}" if errors else ""
         return spec + (f",seed={seed}" if seed else "") + (f",style={style}" if style != "concise" else "")
 
     @property
@@ -73,8 +81,11 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = Recipe(optimizer_steps=720, tokens_per_row=528, problems=4320, held_out=100, control_steps=150, bar_solved=0.3)
-"""Less than half the training: far above the control, though not with every seed as good as the whole."""
+QUICK = Recipe(
+    steps_of_a_chain=3, errors=0.3, optimizer_steps=700, tokens_per_row=352, problems=6000, held_out=100, control_steps=100,
+    rl_steps=25, bar_sft=(0.1, 0.6), bar_rl=0.5, bar_control=0.5,
+)  # fmt: skip
+"""Shorter chains, a worse teacher, fewer steps: under a minute, with bars that any seed clears."""
 
 
 def make_tokenizer(specs: list[str]):
@@ -127,7 +138,7 @@ def make_model(tokenizer, seed: int):
 
 
 def demo(config: DemoConfig) -> dict:
-    """Runs the demo, leaves OUT/{base,sft,control}, OUT/summary.json and OUT/report.html, and returns the summary.
+    """Runs the demo, leaves OUT/{base,sft,control,rl}, OUT/summary.json and OUT/report.html, and returns the summary.
 
     Raises Refusal when OUT holds something else, and SystemExit(1) when the trained model misses the recipe's bar.
     """
@@ -148,7 +159,10 @@ def _demo(config: DemoConfig) -> dict:
 
     def solve(folder: Path) -> dict:
         model, tokenizer = load_for_generation(str(folder), device)
-        return solved_rate(model, tokenizer, held_out, max_new_tokens=recipe.max_new_tokens, batch_size=len(held_out))
+        torch.manual_seed(0)
+        return solved_rate(
+            model, tokenizer, held_out, max_new_tokens=recipe.max_new_tokens, batch_size=len(held_out), temperature=1.0
+        )
 
     def learn(name: str, data: str, steps: int) -> train.RunResult:
         return train.sft(
@@ -181,11 +195,15 @@ def _demo(config: DemoConfig) -> dict:
     rates = {"untrained": solve(out / "base")}
     console.print(f"\nIt solves {_percent(rates['untrained'])} of {recipe.held_out} held-out problems.")
 
-    _heading(2, f"Fine-tuning on {recipe.problems:,} traces")
-    runs = {"sft": learn("sft", recipe.data(config.seed), recipe.optimizer_steps)}
+    _heading(2, f"The cold start: {recipe.problems:,} traces of a careless teacher")
+    console.print(
+        f"{100 * recipe.errors:.0f} % of its steps are wrong, so {100 * (1 - recipe.errors) ** recipe.steps_of_a_chain:.0f} % of "
+        "its traces end right, and so will what learns from them."
+    )
+    runs = {"sft": learn("sft", recipe.data(config.seed, errors=recipe.errors), recipe.optimizer_steps)}
     rates["sft"] = solve(out / "sft")
 
-    _heading(3, "The control: the same problems, answers only")
+    _heading(3, "The control: the same problems, right answers only")
     console.print(
         f"The same weights to begin with, and {recipe.control_steps:,} steps of the same size. Now it never sees the working."
     )
@@ -196,11 +214,36 @@ def _demo(config: DemoConfig) -> dict:
         train.console.quiet = False
     rates["control"] = solve(out / "control")
 
+    _heading(4, "Reinforcement learning: rewarded for right answers")
+    console.print(
+        f"{recipe.rl_steps} steps of GRPO from the cold start: {recipe.rl_prompts} problems a step, 8 tries at each, and no more "
+        "teacher."
+    )
+    runs["rl"] = grpo(
+        GRPOConfig(
+            model=str(out / "sft"),
+            data=[recipe.data(config.seed)],
+            out=out / "rl",
+            max_tokens=256,
+            tokens_per_row=2048,
+            max_new_tokens=recipe.max_new_tokens,
+            prompts_per_rollout=recipe.rl_prompts,
+            steps=recipe.rl_steps,
+            lr=recipe.rl_lr,
+            schedule="constant",
+            warmup=0,
+            dtype="fp32",
+            activation_checkpointing="off",
+            seed=config.seed,
+        )
+    )
+    rates["rl"] = solve(out / "rl")
+
     seconds = {name: sum(step["dt"] for step in run.metrics) for name, run in runs.items()}
     tokens = {name: sum(step["tokens"] for step in run.metrics) for name, run in runs.items()}
     command = (
-        f"longtrace evaluate --model {out / 'sft'} --data {recipe.data(config.seed, 'test')} "
-        f"--max-new-tokens {recipe.max_new_tokens}"
+        f"longtrace evaluate --model {out / 'rl'} --data {recipe.data(config.seed, 'test')} "
+        f"--max-new-tokens {recipe.max_new_tokens} --temperature 1 --batch-size {recipe.held_out}"
     )
     summary = {
         **{f"solved_rate_{name}": result["solved_rate"] for name, result in rates.items()},
@@ -210,10 +253,13 @@ def _demo(config: DemoConfig) -> dict:
         "seconds": time.perf_counter() - began,
         "train_seconds": seconds["sft"],
         "train_seconds_control": seconds["control"],
+        "train_seconds_rl": seconds["rl"],
         "train_tokens": tokens["sft"],
         "train_tokens_control": tokens["control"],
         "tokens_per_s": tokens["sft"] / seconds["sft"],
         "optimizer_steps": recipe.optimizer_steps,
+        "rl_steps": recipe.rl_steps,
+        "generated_tokens": sum(step["generated"] for step in runs["rl"].metrics),
         "parameters": parameters,
         "quick": config.quick,
         "evaluate": command,
@@ -221,14 +267,15 @@ def _demo(config: DemoConfig) -> dict:
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     page = _write_page(out, recipe, summary, rates, runs)
 
-    _heading(4, "What traces buy")
+    _heading(5, "What traces and rewards buy")
     console.print(_rates_table(rates))
-    shown = next((s for s in rates["sft"]["samples"] if s["solved"]), rates["sft"]["samples"][0])
+    shown = next((s for s in rates["rl"]["samples"] if s["solved"]), rates["rl"]["samples"][0])
     console.print("\nOne of its solutions, as it wrote it:\n")
     console.print(Padding(escape(shown["completion"]), (0, 4)), style="cyan", highlight=False)
     console.print(
-        f"\n{parameters:,} weights, {tokens['sft'] / 1e6:.2f}M tokens in {seconds['sft']:.0f} s of training "
-        f"({summary['tokens_per_s']:,.0f} tokens/s); {summary['seconds']:.0f} s in all.\n"
+        f"\n{parameters:,} weights, {tokens['sft'] / 1e6:.2f}M tokens in {seconds['sft']:.0f} s of fine-tuning "
+        f"({summary['tokens_per_s']:,.0f} tokens/s), {seconds['rl']:.0f} s of reinforcement learning; "
+        f"{summary['seconds']:.0f} s in all.\n"
     )
     _print_next(out, page, command)
     _hold_to(recipe, summary)
@@ -239,7 +286,7 @@ def _fresh_folder(config: DemoConfig) -> Path:
     """The folder, emptied of an earlier demo; whatever else it holds is refused."""
     marker = config.out / "demo.yaml"
     if marker.is_file():
-        for name in ("base", "sft", "control"):
+        for name in ("base", "sft", "control", "rl"):
             shutil.rmtree(config.out / name, ignore_errors=True)
     elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise Refusal(f"--out {config.out}: holds something other than a demo; accepted: a new or empty folder")
@@ -250,14 +297,17 @@ def _fresh_folder(config: DemoConfig) -> Path:
 
 def _hold_to(recipe: Recipe, summary: dict) -> None:
     """Ends with 1 when a rate misses the recipe's bar: the demo is a test of the whole trainer too."""
+    expected = {
+        "untrained": (0.0, recipe.bar_untrained),
+        "control": (0.0, recipe.bar_control),
+        "sft": recipe.bar_sft,
+        "rl": (recipe.bar_rl, 1.0),
+    }
+    rates = {name: summary[f"solved_rate_{name}"] for name in expected}
     missed = [
-        f"{name} {summary[f'solved_rate_{name}']:.1%}, {word} {bar:.0%} expected"
-        for name, bar, word, holds in (
-            ("sft", recipe.bar_solved, "at least", float.__ge__),
-            ("control", recipe.bar_control, "under", float.__lt__),
-            ("untrained", recipe.bar_untrained, "at most", float.__le__),
-        )
-        if not holds(summary[f"solved_rate_{name}"], bar)
+        f"{name} {rates[name]:.1%}, {low:.0%} to {high:.0%} expected"
+        for name, (low, high) in expected.items()
+        if not low <= rates[name] <= high
     ]
     if missed:
         console.print(f"[red]the demo missed its bar:[/] {'; '.join(missed)}")
@@ -267,7 +317,12 @@ def _hold_to(recipe: Recipe, summary: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # how it is told
 
-_NAMES = {"untrained": "untrained", "control": "trained on answers only", "sft": "trained on traces"}
+_NAMES = {
+    "untrained": "untrained",
+    "control": "trained on answers only",
+    "sft": "trained on careless traces",
+    "rl": "and rewarded for right answers",
+}
 
 
 def _percent(result: dict) -> str:
@@ -280,17 +335,17 @@ def _heading(number: int, title: str) -> None:
 
 
 def _rates_table(rates: dict[str, dict]) -> Table:
-    """The three rates, each with a bar and its interval; fits 80 columns."""
+    """The rates, each with a bar and its interval; fits 80 columns."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, label in _NAMES.items():
         result = rates[name]
-        filled = round(24 * result["solved_rate"])
-        colour = "green" if name == "sft" else "yellow"
+        filled = round(16 * result["solved_rate"])
+        colour = "green" if name == "rl" else "yellow"
         table.add_row(
             label,
-            f"[{colour}]{'█' * filled}[/][dim]{'·' * (24 - filled)}[/]",
+            f"[{colour}]{'█' * filled}[/][dim]{'·' * (16 - filled)}[/]",
             f"[bold]{_percent(result):>7}[/]",
-            f"[dim]{100 * result['ci_low']:.0f} to {100 * result['ci_high']:.0f} % (95 %)[/]",
+            f"[dim]{100 * result['ci_low']:.0f} to {100 * result['ci_high']:.0f} %[/]",
         )
     return table
 
@@ -310,10 +365,14 @@ def _print_next(out: Path, page: Path, command: str) -> None:
 
 def _write_page(out: Path, recipe: Recipe, summary: dict, rates: dict[str, dict], runs: dict) -> Path:
     """OUT/report.html: the three rates, what each model wrote to the same problem, and how they learned."""
-    pairs = enumerate(zip(rates["sft"]["samples"], rates["control"]["samples"]))
-    first = next((i for i, (traced, control) in pairs if traced["solved"] and not control["solved"]), 0)
-    problem = rates["sft"]["samples"][first]["problem"]
-    wrong = next((s for s in rates["sft"]["samples"] if not s["solved"]), None)
+    pairs = enumerate(zip(rates["rl"]["samples"], rates["sft"]["samples"]))
+    first = next((i for i, (rewarded, cold) in pairs if rewarded["solved"] and not cold["solved"]), 0)
+    problem = rates["rl"]["samples"][first]["problem"]
+    wrong = next((s for s in rates["rl"]["samples"] if not s["solved"]), None)
+
+    def rewards(ax) -> None:
+        report.curve(ax, *report.column(runs["rl"].metrics, "reward_accuracy"), report.BLUE, smooth=True)
+        ax.set_ylim(0, 1.02)
 
     def losses(ax) -> None:
         for name, colour in (("sft", report.BLUE), ("control", report.ORANGE)):
@@ -335,15 +394,17 @@ def _write_page(out: Path, recipe: Recipe, summary: dict, rates: dict[str, dict]
             verdict=sample["solved"],
             detail="cut off" if sample["cut_off"] else f"{sample['tokens']} tokens; the answer is {sample['answer']}",
         )
-        for name in ("sft", "control", "untrained")
+        for name in ("rl", "sft", "control", "untrained")
         for sample in [rates[name]["samples"][first]]
     )
     if wrong:
         detail = f"{wrong['tokens']} tokens; the answer is {wrong['answer']}"
         transcripts += report.transcript(
-            "Trained on traces, where it failed", wrong["problem"], wrong["completion"], verdict=False, detail=detail
+            "Rewarded, where it failed", wrong["problem"], wrong["completion"], verdict=False, detail=detail
         )
-    order = list(_NAMES)
+    order, trained = list(_NAMES), ("sft", "control", "rl")
+    tokens = {name: sum(step["tokens"] for step in runs[name].metrics) for name in trained}
+    seconds = {name: sum(step["dt"] for step in runs[name].metrics) for name in trained}
     sections = [
         report.Section(
             "Solved",
@@ -352,8 +413,8 @@ def _write_page(out: Path, recipe: Recipe, summary: dict, rates: dict[str, dict]
                 [rates[name]["solved_rate"] for name in order],
                 intervals=[(rates[name]["ci_low"], rates[name]["ci_high"]) for name in order],
                 percent=True,
-                highlight=order.index("sft"),
-                title=f"Share of {recipe.held_out} held-out problems solved by greedy generation",
+                highlight=order.index("rl"),
+                title=f"Share of {recipe.held_out} held-out problems solved, sampled at temperature 1",
                 caption="Lines: 95 % Wilson intervals. No test problem can be a training problem: a hash of its text decides.",
             ),
             f"Chains of {recipe.steps_of_a_chain} operations modulo 10; every operation is a bijection, so a guess is right once "
@@ -362,33 +423,35 @@ def _write_page(out: Path, recipe: Recipe, summary: dict, rates: dict[str, dict]
         report.Section("What they write", transcripts, "The first held-out problem on which they differ."),
         report.Section(
             "How they learned",
-            report.chart(losses, title="Loss a supervised token, logarithmic", size=(9.2, 2.8)),
-            "The control soon writes the words around the answer, and then guesses: its loss stays where a guess leaves it.",
+            report.chart(losses, title="Loss a supervised token, logarithmic", size=(9.2, 2.8))
+            + report.chart(rewards, title="Share of right answers in reinforcement learning", size=(9.2, 2.8)),
+            "What learns from the careless teacher learns its errors too: its loss stays at their entropy. The control soon writes the words around the answer, and then guesses: its loss stays where a guess leaves it.",
         ),
         report.Section(
             "The run",
             report.table(
-                ["", "traces", "answers only"],
+                ["", "traces", "answers only", "rewards"],
                 [
-                    ["optimizer steps", recipe.optimizer_steps, recipe.control_steps],
-                    ["passes over the problems", *(round(runs[n].metrics[-1]["epoch"], 2) for n in ("sft", "control"))],
-                    ["tokens", summary["train_tokens"], summary["train_tokens_control"]],
-                    ["seconds of training", summary["train_seconds"], summary["train_seconds_control"]],
-                    ["completions cut off", summary["cut_off_sft"], summary["cut_off_control"]],
+                    ["optimizer steps", recipe.optimizer_steps, recipe.control_steps, recipe.rl_steps],
+                    ["passes over the problems", *(round(runs[n].metrics[-1]["epoch"], 2) for n in trained)],
+                    ["tokens", *(tokens[n] for n in trained)],
+                    ["seconds", *(seconds[n] for n in trained)],
+                    ["completions cut off", *(summary[f"cut_off_{n}"] for n in trained)],
                 ],
             )
             + report.paragraph(f"Ask the saved model again: {summary['evaluate']}"),
-            "Full reports of the two runs: sft/report.html and control/report.html.",
+            "Full reports of the runs: sft/report.html, control/report.html, rl/report.html.",
         ),
     ]
     return report.write_report(
         out,
-        title="What traces buy",
+        title="What traces and rewards buy",
         kicker="longtrace demo" + (" --quick" if summary["quick"] else ""),
         lead=(
-            f"A Llama with {summary['parameters']:,} weights learned chain arithmetic from nothing in "
-            f"{report.duration_text(summary['train_seconds'])}. Shown the working, it solves {_percent(rates['sft'])} of "
-            f"new problems; shown the answers alone, {_percent(rates['control'])}."
+            f"A Llama with {summary['parameters']:,} weights learned chain arithmetic from nothing. Shown the working of a teacher "
+            f"who errs in {100 * recipe.errors:.0f} % of the steps, it solves {_percent(rates['sft'])} of new problems; shown right "
+            f"answers alone, {_percent(rates['control'])}. Rewarded for right answers it came from the first to "
+            f"{_percent(rates['rl'])} in {report.duration_text(summary['train_seconds_rl'])}."
         ),
         tiles=[
             report.Tile(_NAMES[name].capitalize(), _percent(rates[name]), f"of {recipe.held_out} held-out problems")
