@@ -7,6 +7,7 @@ it in the list has to be asked for.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
@@ -47,26 +48,27 @@ def forced() -> str | None:
 
 
 Candidates = Callable[..., Iterable[Candidate]]
-_choices: dict[tuple[Hashable, ...], Choice] = {}
+_choices: dict[tuple[Hashable, ...], tuple[str, Choice]] = {}  # what for, in words, and the choice
 
 
-def choose(op: str, candidates: Candidates, device: str, **what: Hashable) -> Choice:
-    """The first of `candidates(device, **what)` that serves, of LONGTRACE_BACKEND's where that is set.
+def choose(op: str, candidates: Candidates, device: str, *what: Hashable) -> Choice:
+    """The first of `candidates(device, *what)` that serves, of LONGTRACE_BACKEND's where that is set.
 
     `what`: all that the choice depends on besides the device's type and capability. Raises BackendRefused, in one line.
     """
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_initialized() else None
-    key = (op, device, capability, FORCED, *what.items())
+    key = (op, FORCED, device, capability, what)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _decide(op, candidates, device, what)
-    return found
+        case = _case(candidates, device, what)
+        found = _choices[key] = (case, _decide(f"{op} ({case})", candidates(device, *what), device))
+    return found[1]
 
 
-def _decide(op: str, candidates: Candidates, device: str, what: dict[str, Hashable]) -> Choice:
+def _decide(what: str, candidates: Iterable[Candidate], device: str) -> Choice:
     wanted = forced() if device != "meta" else None  # shapes alone: nothing is computed
     reasons = []  # of better ones, why they do not serve
-    for candidate in candidates(device, **what):
+    for candidate in candidates:
         if wanted not in (None, candidate.backend):
             continue
         if candidate.serves:
@@ -75,13 +77,13 @@ def _decide(op: str, candidates: Candidates, device: str, what: dict[str, Hashab
             return Choice(candidate.backend, candidate.name, why or f"no kernel for {device}")
         reasons.append(candidate.why)
     why = "; ".join(reasons) or f"it has no such kernel for {device}"
-    raise BackendRefused(f"LONGTRACE_BACKEND={wanted} cannot serve {op} ({_case(device, what)}): {why}")
+    raise BackendRefused(f"LONGTRACE_BACKEND={wanted} cannot serve {what}: {why}")
 
 
-def _case(device: str, what: dict[str, Hashable]) -> str:
-    """What a choice was made for, in words: "float32, softcap, widths (64, 64), on cuda"."""
+def _case(candidates: Candidates, device: str, what: tuple[Hashable, ...]) -> str:
+    """What a choice is made for, in words: "float32, softcap, widths (64, 64), on cuda"."""
     words = []
-    for name, value in what.items():
+    for name, value in zip(list(inspect.signature(candidates).parameters)[1:], what):
         if isinstance(value, (torch.dtype, frozenset)):
             kinds = value if isinstance(value, frozenset) else {value}
             words.append(" and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)))
@@ -92,9 +94,9 @@ def _case(device: str, what: dict[str, Hashable]) -> str:
 
 def made() -> Iterator[tuple[str, str, Choice]]:
     """(op, what for, choice) of every choice made in this process under the LONGTRACE_BACKEND of now."""
-    for (op, device, _, wanted, *what), choice in list(_choices.items()):
+    for (op, wanted, *_), (case, choice) in list(_choices.items()):
         if wanted == FORCED:
-            yield op, _case(device, dict(what)), choice
+            yield op, case, choice
 
 
 def triton_lacks(device: str) -> str:

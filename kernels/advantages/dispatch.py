@@ -31,7 +31,7 @@ class Advantages(NamedTuple):
 
 def choose(device: str, dtype: torch.dtype) -> Choice:
     """What serves rewards of `dtype` (fp32 or fp64) on `device`."""
-    return backend.choose("group_advantages", _candidates, device, dtype=dtype)
+    return backend.choose("group_advantages", _candidates, device, dtype)
 
 
 def _candidates(device: str, dtype: torch.dtype) -> Iterator[Candidate]:

@@ -89,8 +89,7 @@ def choose(
     By name: "tiles" (our C++ on the CPU), "flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "triton" (ours) or
     "documents" (SDPA per document).
     """
-    options = {"softcap": softcap, "sinks": sinks, "window": window, "widths": widths}
-    return backend.choose("varlen_attention", _candidates, device, dtype=dtype, **options)
+    return backend.choose("varlen_attention", _candidates, device, dtype, softcap, sinks, window, widths)
 
 
 def _candidates(device: str, dtype, softcap: bool, sinks: bool, window: bool, widths) -> Iterator[Candidate]:

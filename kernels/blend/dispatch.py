@@ -27,7 +27,7 @@ class GradientStats(NamedTuple):
 
 def choose(device: str, dtypes: Iterable[torch.dtype]) -> Choice:
     """What serves gradients of `dtypes` on `device`."""
-    return backend.choose("blend_gradients", _candidates, device, dtypes=frozenset(dtypes))
+    return backend.choose("blend_gradients", _candidates, device, frozenset(dtypes))
 
 
 def _candidates(device: str, dtypes: frozenset[torch.dtype]) -> Iterator[Candidate]:

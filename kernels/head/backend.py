@@ -12,7 +12,7 @@ from longtrace.kernels.backend import Candidate, Choice
 
 def choose(device: str, dtype: torch.dtype, *, elementwise: bool = False) -> Choice:
     """The engine for weights of `dtype` on `device`; `elementwise`: label smoothing under a softcap."""
-    return backend.choose("head", _candidates, device, dtype=dtype, elementwise=elementwise)
+    return backend.choose("head", _candidates, device, dtype, elementwise)
 
 
 def _candidates(device: str, dtype: torch.dtype, elementwise: bool) -> Iterator[Candidate]:

@@ -22,7 +22,7 @@ def choose(
 
     mixed: operands differ in dtype or device; learned: cos and sin take gradients; partial: part of a head is rotated.
     """
-    return backend.choose("layers", _candidates, device, dtype=dtype, mixed=mixed, learned=learned, partial=partial)
+    return backend.choose("layers", _candidates, device, dtype, mixed, learned, partial)
 
 
 def _candidates(device: str, dtype: torch.dtype, mixed: bool, learned: bool, partial: bool) -> Iterator[Candidate]:

@@ -195,7 +195,7 @@ def test_a_choice_is_made_once_and_its_reasons_are_kept(force, monkeypatch):
         yield Candidate("reference", "PyTorch", "")
 
     def choose(device, dtype, wide=False):
-        return backend.choose("op", candidates, device, dtype=dtype, wide=wide)
+        return backend.choose("op", candidates, device, dtype, wide)
 
     assert choose("cpu", F32) == ("cuda", "fast", "fast takes narrow rows") == choose("cpu", F32)
     assert choose("cpu", F32, wide=True) == ("cpu", "good", "sums in order; fast takes narrow rows")
