@@ -98,6 +98,7 @@ OPTIONS = {
     "full": {"causal": False},
     "narrow window": {"window": (3, 0)},
     "window of one key": {"window": (0, 0)},
+    "window of two keys": {"window": (1, 0)},  # the last query that sees a block of keys is alone in its block
     "both sides": {"window": (20, 5), "causal": False},
     "right only": {"window": (-1, 2), "causal": False},
     "wide window": {"window": (1000, 1000), "causal": False},
