@@ -82,8 +82,8 @@ class Recipe:
 
 FULL = Recipe()
 QUICK = Recipe(
-    errors=0.1, optimizer_steps=760, tokens_per_row=528, problems=4320, held_out=100, control_steps=100, rl_steps=20,
-    bar_sft=(0.1, 0.7), bar_rl=0.3,
+    errors=0.03, optimizer_steps=760, tokens_per_row=528, problems=4320, held_out=100, control_steps=100, rl_steps=15,
+    bar_sft=(0.3, 1.0), bar_rl=0.3,
 )  # fmt: skip
 """A more careful teacher and fewer steps: about a minute, with bars that any seed clears."""
 
