@@ -1,8 +1,6 @@
-"""Chooses the engine of a head call: C++ tiles on the CPU, Triton passes on CUDA, else PyTorch; and says why."""
+"""Chooses the engine of a head call: C++ tiles on the CPU, Triton on CUDA, else PyTorch; and says why."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from torch import Tensor
 from longtrace.kernels import extension
 from longtrace.kernels.head import tile
 from longtrace.kernels.head.engine import TorchEngine
-from longtrace.kernels.head.plan import Chunks, plan_chunks
+from longtrace.kernels.head.plan import TRITON, Chunks, has_tiles, plan_chunks
 from longtrace.kernels.head.spec import Transform
 
 
@@ -22,28 +20,29 @@ def engine(
     budget_mb: float | None,
     elementwise: bool = False,
 ) -> tuple[TorchEngine | tile.TileEngine, Chunks]:
-    """The engine for one call over `rows` rows and its chunks; `elementwise` asks for what only PyTorch offers."""
-    tiles = tile.serves(weight) and not elementwise
-    chunks = plan_chunks(rows, weight.shape[1], weight.shape[0], weight.dtype, budget_mb, weight.device.type, tiles)
-    if tiles:
-        return tile.TileEngine(weight, bias, transform), chunks
-    return _torch_engine(weight)(weight, bias, transform, chunks.block), chunks
+    """The engine for one call over `rows` rows and its chunks; `elementwise` asks for what no tile kernel offers."""
+    device = weight.device.type
+    tiles = not elementwise and has_tiles(device, weight.dtype)
+    chunks = plan_chunks(rows, weight.shape[1], weight.shape[0], weight.dtype, budget_mb, device, tiles)
+    return _engine_type(weight, tiles)(weight, bias, transform, chunks.block), chunks
 
 
-def _torch_engine(weight: Tensor) -> type[TorchEngine]:
-    """PyTorch passes, or Triton's on CUDA where triton is installed; fp64 stays with PyTorch."""
-    if weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
-        from longtrace.kernels.head.cuda import TritonEngine
+def _engine_type(weight: Tensor, tiles: bool) -> type[TorchEngine] | type[tile.TileEngine]:
+    """fp64 stays with PyTorch, and on CUDA everything where Triton is missing."""
+    if weight.is_cuda and weight.dtype != torch.float64 and TRITON:
+        from longtrace.kernels.head.cuda import TritonRows, TritonTiles
 
-        return TritonEngine
-    return TorchEngine
+        return TritonTiles if tiles else TritonRows
+    return tile.TileEngine if tiles else TorchEngine
 
 
 def describe(device: str) -> tuple[str, str]:
     """(backend, why) of the head ops."""
     if device == "cuda":
-        passes = "Triton" if importlib.util.find_spec("triton") is not None else "PyTorch"
-        return f"cuBLAS + {passes}", "16-bit operands, fp32 logits and sums; not timed on a GPU by this project"
+        if TRITON:
+            why = "bf16 logits never leave their tile, fp16 and fp32 ones do; fp32 sums; not timed on a GPU by this project"
+            return "Triton + cuBLAS", why
+        return "cuBLAS + PyTorch", "triton is not installed; fp32 logits and sums; not timed on a GPU by this project"
     if extension.LOADED:
         return (
             "C++ tiles",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -13,12 +14,13 @@ from longtrace.kernels import extension
 # rows travel with it: BLAS libraries choose their summation order by shape.
 BLOCK_ROWS = 256
 PANEL_ROWS = 32  # what the C++ tile kernels pad to
-DEFAULT_BUDGET_MB = {"cpu": 256.0, "cuda": 1024.0}
+DEFAULT_BUDGET_MB = {"cpu": 256.0, "cuda": 1536.0}
+TRITON = importlib.util.find_spec("triton") is not None
 
 # A chunk of R rows spends 6 R H V FLOPs and moves dW once through memory, 8 H V bytes in fp32: the moving costs
 # (8 / 6) (FLOP/s per byte/s) / R of the computing, whatever H and V are. Machine balances, FLOP per byte:
 BALANCE = {"cpu": 27.0, "cuda": 200.0}
-WORTH = {"cpu": 0.035, "cuda": 0.065}  # the share at which longer chunks stop being worth their memory
+WORTH = {"cpu": 0.035, "cuda": 0.052}  # the share at which longer chunks stop being worth their memory
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,25 @@ def budget_bytes(budget_mb: float | None, device: str = "cpu") -> float:
     return budget_mb * 2**20
 
 
+def has_tiles(device: str, dtype: torch.dtype) -> bool:
+    """Whether tile kernels, which keep logits out of memory, serve inputs of `dtype` here."""
+    if device == "cuda":
+        return TRITON and dtype == torch.bfloat16
+    return device == "cpu" and extension.LOADED and dtype != torch.float64
+
+
+def logit_bytes(device: str, dtype: torch.dtype, tiles: bool) -> int:
+    """Bytes that a chunk holds for each logit, at most: by tile kernels probabilities alone, else logits before them."""
+    if tiles:
+        return 2 if dtype == torch.bfloat16 and (device == "cuda" or extension.BF16_OPERANDS) else 4
+    wide = 8 if dtype == torch.float64 else 4
+    if device != "cuda":
+        return wide
+    narrow = 2 if dtype in (torch.bfloat16, torch.float16) else 0
+    in_place = TRITON and dtype != torch.float64  # PyTorch multiplies the row factors into a copy
+    return (1 if in_place else 2) * wide + narrow
+
+
 def plan_chunks(
     T: int,
     H: int,
@@ -68,22 +89,20 @@ def plan_chunks(
     """Rows per chunk and per GEMM call for `T` rows of width `H` against a vocabulary of `V`; `str()` tells the plan.
 
     Args: dtype of the inputs; budget_mb bounds the (rows, V) buffer (default: LONGTRACE_HEAD_BUDGET_MB, else 256 on CPU
-    and 1024 on CUDA); tiles: the C++ tile kernels run (default: where they can), which hold bf16 inputs' probabilities
-    in 2 bytes, all others in 4 (8 for fp64); compressed: also count what compressed
-    gradients need. At least 16 rows are always taken (32 by the tile kernels).
+    and 1536 on CUDA); tiles: the tile kernels run (default: where they can); `logit_bytes` says what a logit takes
+    with and without them; compressed: also count what compressed gradients need. At least 16 rows are always taken (32
+    by the CPU's tile kernels).
     The block size depends on V, dtype and budget but not on T; a short last block is padded with zero rows.
     """
     if tiles is None:
-        tiles = device == "cpu" and extension.LOADED and dtype != torch.float64
-    itemsize = (
-        8 if dtype == torch.float64 else 2 if tiles and extension.BF16_OPERANDS and dtype == torch.bfloat16 else 4
-    )
+        tiles = has_tiles(device, dtype)
+    itemsize, panels = logit_bytes(device, dtype, tiles), tiles and device != "cuda"
     width = max(V, 1) * itemsize
     fit = int(min(budget_bytes(budget_mb, device) / width, 2**40))
     kind = "cuda" if device == "cuda" else "cpu"
     cost = 4 / 3 * BALANCE[kind]
     enough = max(BLOCK_ROWS, round(cost / WORTH[kind] / BLOCK_ROWS) * BLOCK_ROWS)
-    if tiles:
+    if panels:
         block = PANEL_ROWS
     elif fit < BLOCK_ROWS:
         block = max(16, 1 << (max(fit, 1).bit_length() - 1))
@@ -92,12 +111,14 @@ def plan_chunks(
     else:
         block = BLOCK_ROWS
     blocks = max(1, min(fit, enough, max(T, 1) + block - 1) // block)
-    if tiles and blocks % 2 == 0:  # an even number of panels would be padded by one (row_stride in csrc)
+    if panels and blocks % 2 == 0:  # an even number of panels would be padded by one (row_stride in csrc)
         blocks += 1 if (blocks + 1) * block <= fit else -1
     rows = blocks * block
-    if tiles:  # packed rows, and partial sums of dH (csrc/cpu/head.cpp: head::dh)
+    if panels:  # packed rows, and partial sums of dH (csrc/cpu/head.cpp: head::dh)
         ranges = min(16, max(1, -(-V // 4096)), max(1, 2**26 // (4096 * max(H, 1))))
         extra = rows * H * (4 * ranges + 8)
+    elif tiles:  # up to four sums of each token and 128 columns
+        extra = 16 * rows * -(-V // 128)
     else:  # the fp32 copy of the weight that a CPU GEMM of narrow operands needs
         extra = 4 * V * H if device == "cpu" and itemsize == 4 and dtype != torch.float32 else 0
     if compressed:  # cluster sums, profiles and pending tails, and the kept columns of several chunks
