@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from longtrace import kernels as K
 
-from . import harness, head_inputs, head_peers
 from . import head as head_bench
+from . import head_inputs, head_peers
 from .device import Clock, Times, measure, peak_mb, release
 from .gpu import note
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from longtrace import kernels as K
 from longtrace.kernels import extension
-from longtrace.kernels.head import epilogue, gemm, reference, tile
+from longtrace.kernels.head import backend, epilogue, gemm, reference
 from longtrace.kernels.head.plan import plan_chunks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -359,7 +360,7 @@ def test_bf16_logits_are_exact_sums_and_the_setting_never_leaks(monkeypatch):
         assert matmul.fp32_precision == "bf16"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tile, "serves", lambda tensor: False)
+    monkeypatch.setattr(backend, "has_tiles", lambda device, dtype: False)
     log_p = K.linear_log_prob(input, weight, target).log_prob
     assert worst([log_p], [exact]) < 5e-6
     monkeypatch.setattr(gemm.torch, "mm", explode)
@@ -424,7 +425,7 @@ def test_both_engines_agree(dtype, transform, monkeypatch):
     options = dict(linear_bias=bias, label_smoothing=0.1, z_loss=1e-3, weight=torch.rand(700), **transform)
     results = []
     for serves in (True, False):
-        monkeypatch.setattr(tile, "serves", lambda tensor, serves=serves: serves)
+        monkeypatch.setattr(backend, "has_tiles", lambda device, dtype, serves=serves: serves)
         loss = K.linear_cross_entropy(input, weight, target, **options)
         rows = K.linear_log_prob(input, weight, target, linear_bias=bias, entropy=True, **transform)
         later = (rows.log_prob * c + rows.entropy).sum()

@@ -7,7 +7,7 @@ import torch
 
 from longtrace import kernels as K
 from longtrace.kernels import extension
-from longtrace.kernels.head import reference, tile
+from longtrace.kernels.head import backend, reference
 
 ENGINES = ("tiles", "PyTorch")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def engine(request, monkeypatch):
     """Each test runs on the C++ tiles and on PyTorch alone."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(tile, "serves", lambda tensor: False)
+        monkeypatch.setattr(backend, "has_tiles", lambda device, dtype: False)
     elif not extension.LOADED:
         pytest.skip(extension.WHY)
     return request.param

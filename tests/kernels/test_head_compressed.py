@@ -132,7 +132,7 @@ def test_nothing_lost_is_the_exact_token_values(lossless, transform, which):
 @pytest.mark.parametrize("transform", ({}, {"softcap": 30.0, "logit_scale": 1.1, "temperature": 0.8}), ids=str)
 def test_errors_stay_within_the_reported_ones(dtype, transform, tiles, parts, monkeypatch):
     if not tiles:
-        monkeypatch.setattr(backend.tile, "serves", lambda tensor: False)
+        monkeypatch.setattr(backend, "has_tiles", lambda device, dtype: False)
     input, weight, target = peaked(512, dtype)
     leaves, c = (input, weight, None), torch.ones(512)
     dh, dw = truth(leaves, target, c, **transform)
