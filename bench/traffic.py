@@ -207,7 +207,7 @@ def our_kernels(T: int, H: int, V: int) -> None:
     triton_columns.column_max(p, one)
     triton_columns.compact(p, torch.arange(0, V, 3))
     stats = triton_tile.softmax_tiles(h, w, None, target, plain, True, True, p).stats
-    triton_tile.gradient_tiles(h, w, None, target, plain, stats, one, one, p)
+    triton_tile.gradient_tiles(h, w, None, target, plain, stats, one, 2 * one, p)
     q, k, v = (torch.randn(8 * T, heads, 64, generator=draw).bfloat16().requires_grad_() for heads in (2, 1, 1))
     ends = torch.tensor([0, 8 * T], dtype=torch.int32)
     attention.varlen_attention(q, k, v, ends, ends, True, 0.125, (-1, -1), None, None).sum().backward()
