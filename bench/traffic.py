@@ -22,7 +22,7 @@ RECORD = Path(__file__).parent / "results" / "2026-11-22" / "head-15k.json"  # c
 KEPT = 0.083  # as in RECORD: the mean share of columns kept at 2^-12 in chunks of 1,024 rows, 15,360 tokens of a trace
 RANK = 64
 # The small shape: no two sizes alike, so that each dimension of a pass says which size it is.
-SMALL = {"rows": 6, "H": 28, "V": 357}
+SMALL = {"rows": 6, "H": 28, "V": 613}
 SMALL_COMPRESSED = {"rows": 20, "H": 28, "V": 613, "kept": 17, "rank": 3}
 CONSTANTS = (0, 1, 2, 4, 15, 16, 48, 1024)  # sketches' widths and broadcast dimensions stay as they are
 
@@ -271,8 +271,9 @@ def ours(kind: str, small: dict[str, int] | None = None):
     from . import costs
     from .counting import Ledger
 
-    rows = K.plan_chunks(T, H, V, torch.bfloat16, device="cuda", tiles=True).rows
-    rows = min(rows, 1024) if kind == "compressed" else rows
+    plan = K.plan_chunks(T, H, V, torch.bfloat16, device="cuda", tiles=True)
+    rows = min(plan.rows, 1024) if kind == "compressed" else plan.rows
+    calls = -(-rows // plan.block)  # of a library product of ours in a chunk
     if T % rows:
         raise ValueError(f"T = {T} is no multiple of the {rows} rows of a chunk")
     chunks, kept = T // rows, round(KEPT * V)
@@ -284,7 +285,7 @@ def ours(kind: str, small: dict[str, int] | None = None):
     y = torch.arange(n).remainder(F).repeat(chunks) * 3 + 1  # F targets a chunk; nothing else exceeds eps
     c = torch.ones(chunks * n)
     ledger = Ledger()
-    with cuda_path(n, TOGETHER * k // RANK), ledger.recording(costs.OURS):
+    with cuda_path(n, n // calls, TOGETHER * k // RANK), ledger.recording(costs.OURS):
         if kind == "unknown":
             values = K.linear_log_prob(h, w, y)
             values.log_prob.backward(c)
@@ -297,7 +298,7 @@ def ours(kind: str, small: dict[str, int] | None = None):
     sizes = {d: d for d in CONSTANTS}
     block = triton_tile.BLOCKS["aligned"]
     blocks = -(-V // block["BLOCK_V"])
-    sizes |= {n: rows, chunks * n: T, small["H"]: H, small["V"]: V, -(-small["V"] // block["BLOCK_V"]): blocks}
+    sizes |= {n: rows, n // calls: rows // calls, chunks * n: T, small["H"]: H, small["V"]: V, -(-small["V"] // block["BLOCK_V"]): blocks}
     parts = 3 if kind == "compressed" else 2
     held = (2 * V + 4 * parts * blocks) * rows + 4 * (V + T) * H  # bf16 g, sums of its tiles; dW and dh in fp32
     tile = {"h": torch.empty(rows, H, device="meta"), "w": torch.empty(V, H, device="meta"), "bias": None, **block}
@@ -323,8 +324,9 @@ TOGETHER = 256  # as in kernels/head/compressed.py
 
 
 @contextmanager
-def cuda_path(rows: int, together: int) -> Iterator[None]:
-    """The head as on CUDA, on CPU tensors: the engine of bf16, chunks of `rows`, 16-bit products by out_dtype."""
+def cuda_path(rows: int, block: int, together: int) -> Iterator[None]:
+    """The head as on CUDA, on CPU tensors: the engine of bf16, chunks of `rows`, 16-bit products of `block`
+    rows by out_dtype."""
     import torch
 
     from longtrace.kernels.head import backend, compressed, gemm
@@ -337,7 +339,7 @@ def cuda_path(rows: int, together: int) -> Iterator[None]:
 
     changes = [
         (backend, "_engine_type", lambda weight, tiles: TritonTiles),
-        (backend, "plan_chunks", lambda *_: Chunks(rows, rows, 0, 0, 0.0)), (gemm.HeadGemm, "__init__", narrow),
+        (backend, "plan_chunks", lambda *_: Chunks(rows, block, 0, 0, 0.0)), (gemm.HeadGemm, "__init__", narrow),
         (compressed, "TOGETHER", together),
     ]  # fmt: skip
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]

@@ -67,7 +67,7 @@ class TritonRows(TorchEngine):
 class TritonTiles(TritonRows):
     """For bf16: exp(z - reference), or the gradient, leaves the tile of the first product; 6 bytes a logit in all.
 
-    `Matrix.g` is the transpose of (block, V), `block` the rows of every gradient product; rows past n are 0.
+    `Matrix.g` is the transpose of (n in whole blocks, V), blocks as the library's products take them; rows past n are 0.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform, block: int):
@@ -75,13 +75,14 @@ class TritonTiles(TritonRows):
         self.memory: Tensor | None = None
 
     def _buffer(self, n: int) -> Tensor:
-        """(block, V) for n rows, the others 0: one block of memory, used again by every chunk of the call."""
-        if self.memory is None:  # rows as the tiles and the library like them
-            stride = -(-self.weight.shape[0] // 16) * 16
-            self.memory = self.weight.new_empty(self.gemm.block, stride)[:, : self.weight.shape[0]]
-        if n < self.gemm.block:
-            self.memory[n:].zero_()
-        return self.memory
+        """(n in whole blocks, V), the rows past n 0: one block of memory, used again by every chunk of the call."""
+        V, rows = self.weight.shape[0], -(-n // self.gemm.block) * self.gemm.block
+        if self.memory is None or len(self.memory) < rows:
+            self.memory = None
+            self.memory = self.weight.new_empty(rows, -(-V // 16) * 16)  # rows as the tiles and the library like them
+        if n < rows:
+            self.memory[n:rows].zero_()
+        return self.memory[:rows, :V]
 
     def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
         n, g = h.shape[0], self._buffer(h.shape[0]) if keep else None

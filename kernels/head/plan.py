@@ -106,8 +106,8 @@ def plan_chunks(
         block = PANEL_ROWS
     elif fit < BLOCK_ROWS:
         block = max(16, 1 << (max(fit, 1).bit_length() - 1))
-    elif device == "cuda":  # cuBLAS wants tall tiles: one call a chunk, still of fixed size
-        block = min(fit // BLOCK_ROWS * BLOCK_ROWS, enough)
+    elif device == "cuda":  # cuBLAS wants tall tiles, a short batch little padding: two calls a chunk, of fixed size
+        block = max(BLOCK_ROWS, min(fit, enough) // 2 // BLOCK_ROWS * BLOCK_ROWS)
     else:
         block = BLOCK_ROWS
     blocks = max(1, min(fit, enough, max(T, 1) + block - 1) // block)

@@ -19,7 +19,7 @@ from longtrace.kernels.head.plan import Chunks
 
 backend.has_tiles = lambda device, dtype: dtype == torch.bfloat16
 backend._engine_type = lambda weight, tiles: TritonTiles if tiles else TritonRows
-backend.plan_chunks = lambda *_: Chunks(rows_of_a_chunk, rows_of_a_chunk, 0, 0, 0.0)
+backend.plan_chunks = lambda *_: Chunks(rows_of_a_chunk, rows_of_a_chunk // 2, 0, 0, 0.0)
 rows_of_a_chunk = 16  # several chunks, the last of them short
 torch.manual_seed(SEED)
 
@@ -124,7 +124,7 @@ def run(keep):
     loss, rows = K.linear_weighted_nll(h, leaves[1], target[keep], c[keep])
     return rows.log_prob, torch.autograd.grad(loss, h)[0]
 whole, again = run(slice(None)), run(slice(None))
-some = torch.tensor([0, 7, 15, 16, 31, 39])
+some = torch.tensor([0, 7, 15, 16, 31])
 for a, b, part in zip(whole, again, run(some)):
     assert torch.equal(a, b) and torch.equal(a[some], part)
 print("all hold")
