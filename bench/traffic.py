@@ -298,7 +298,14 @@ def ours(kind: str, small: dict[str, int] | None = None):
     sizes = {d: d for d in CONSTANTS}
     block = triton_tile.BLOCKS["aligned"]
     blocks = -(-V // block["BLOCK_V"])
-    sizes |= {n: rows, n // calls: rows // calls, chunks * n: T, small["H"]: H, small["V"]: V, -(-small["V"] // block["BLOCK_V"]): blocks}
+    sizes |= {
+        n: rows,
+        n // calls: rows // calls,
+        chunks * n: T,
+        small["H"]: H,
+        small["V"]: V,
+        -(-small["V"] // block["BLOCK_V"]): blocks,
+    }
     parts = 3 if kind == "compressed" else 2
     held = (2 * V + 4 * parts * blocks) * rows + 4 * (V + T) * H  # bf16 g, sums of its tiles; dW and dh in fp32
     tile = {"h": torch.empty(rows, H, device="meta"), "w": torch.empty(V, H, device="meta"), "bias": None, **block}
