@@ -24,6 +24,7 @@ from longtrace.kernels.head.spec import Transform
 from longtrace.kernels.head.triton_rows import (
     FLOOR,
     INTERPRETED,
+    NEAR,
     derivative,
     final_logit,
     launch,
@@ -88,10 +89,10 @@ def logit_tile(
 
 @triton.jit
 def store_tile(out, t0, v0, T, V, out_stride, value, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """out (T, V) at (t0, v0) <- value, rounded."""
-    rows, cols = t0 + tl.arange(0, BLOCK_T), v0 + tl.arange(0, BLOCK_V)
-    at = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]  # 64-bit: rows of a result are not copied nearer
-    tl.store(at, value, mask=(rows < T)[:, None] & (cols < V)[None, :])
+    """out (T, V) at (t0, v0) <- value, rounded; offsets as in `product`: 64 bits for all rows would spill on sm_100."""
+    i, cols = tl.arange(0, BLOCK_T), v0 + tl.arange(0, BLOCK_V)
+    at = out + tl.cast(t0, tl.int64) * out_stride + i[:, None] * out_stride + cols[None, :]
+    tl.store(at, value, mask=(i < T - t0)[:, None] & (cols < V)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "H", "h_stride", "w_stride"])
@@ -255,10 +256,10 @@ def _operands(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ou
     T, V = h.shape[0], weight.shape[0]
     if out is not None:
         fits = out.shape == (T, V) and out.dtype == torch.bfloat16
-        if not fits or (V > 1 and out.stride(1) != 1) or out.stride(0) % 16:
+        if not fits or (V > 1 and out.stride(1) != 1) or out.stride(0) % 16 or out.stride(0) >= NEAR:
             raise ValueError(
                 f"out is {tuple(out.shape)} {out.dtype}, strides {out.stride()}; expected ({T}, {V}) bf16, columns "
-                "adjacent and rows a multiple of 16 apart"
+                f"adjacent and rows a multiple of 16, less than {NEAR:,}, apart"
             )
     return h, weight, per_row("bias", bias, V), per_row("target", target, T, torch.int64)
 
@@ -277,8 +278,8 @@ def softmax_tiles(
     """Statistics of each row of final logits, 2THV FLOPs; out (T, V) bf16, when given, <- g, 0 at the targets.
 
     h (T, H) and weight (V, H) bf16, any row strides; bias (V,); target (T,) in [0, V); rows of `out` lie a multiple of
-    16 elements apart; `mass` needs `out`. A row that holds a NaN reads NaN and touches no other. ValueError for shapes,
-    strides and dtypes that do not fit.
+    16 elements apart, and less than NEAR; `mass` needs `out`. A row that holds a NaN reads NaN and touches no other.
+    ValueError for shapes, strides and dtypes that do not fit.
     """
     h, weight, bias, target = _operands(h, weight, bias, target, out)
     numbers, wide, config = _sizes(h, weight, out)

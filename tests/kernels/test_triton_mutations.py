@@ -80,11 +80,11 @@ REST = [
     # tiles
     Fault("off-by-one mask", TILE, "mask=(j < y_rows)[None, :]", "mask=(j <= y_rows)[None, :]", *STRIDED),
     Fault("off-by-one mask", TILE, "tl.where((cols >= V)[None, :] |", "tl.where((cols > V)[None, :] |", "tile", "an_offset_changes_nothing_in_tiles -10000.0"),
-    Fault("off-by-one mask", TILE, "mask=(rows < T)[:, None] & (cols < V)", "mask=(rows <= T)[:, None] & (cols < V)", *STRIDED),
+    Fault("off-by-one mask", TILE, "mask=(i < T - t0)[:, None]", "mask=(i <= T - t0)[:, None]", *STRIDED),
     Fault("the target twice", TILE, "(cols[None, :] == y[:, None]) | (x < FLOOR)", "(x < FLOOR)", *BLOCKWISE),
     Fault("int32 offset", TILE, "h + tl.cast(t0, tl.int64) * h_stride", "h + t0 * h_stride", *FAR_TILES),
     Fault("int32 offset", TILE, "w + tl.cast(v0, tl.int64) * w_stride", "w + v0 * w_stride", *FAR_TILES),
-    Fault("int32 offset", TILE, "out + rows.to(tl.int64)[:, None] * out_stride", "out + rows[:, None] * out_stride", *FAR_TILES),
+    Fault("int32 offset", TILE, "out + tl.cast(t0, tl.int64) * out_stride", "out + t0 * out_stride", *FAR_TILES),
     Fault("int32 offset", TILE, "h + rows.to(tl.int64)[:, None] * h_stride", "h + rows[:, None] * h_stride", *FAR_TILES),
     Fault("int32 offset", ROWS, "return x if x.stride(0) < NEAR else x.contiguous()", "return x", "tile", "rows_of_one_tile_past_32_bits"),
     Fault("a race", TILE, "at = tl.cast(block, tl.int64) * T + rows", "at = rows", *BLOCKWISE),
