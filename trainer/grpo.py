@@ -35,6 +35,8 @@ from .train import RunResult, resolve, run
 
 console = Console()
 
+EVALUATION = 2**32  # stands where training has the number of a rollout
+
 
 @dataclass(kw_only=True)
 class GRPOConfig(TrainConfig):
@@ -198,27 +200,12 @@ def grpo(config: GRPOConfig) -> RunResult | None:
         if kind_of(prompt.row) is None and ("accuracy" in rewards.weights or prompt in held_out):
             raise Refusal(f"{prompt.row.where}: nothing to check with; accepted: rows with an answer or tests")
 
-    def scored(asked: Sequence[Prompt], done: Sequence[Completion]) -> list[Scored]:
-        return [
-            Scored(
-                model.tokenizer.decode(c.tokens, skip_special_tokens=True), p.row, c.finished, p.thinking, len(c.tokens)
-            )
-            for p, c in zip(asked, done)
-        ]
-
     def score(asked: Sequence[Prompt], done: Sequence[Completion]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        found = rewards(scored(asked, done))
+        found = rewards(as_scored(model.tokenizer, asked, done))
         return found.total, found.parts
 
     engine = Engine.of(model, config.slots)
     source = RolloutSource(config, model, engine, prompts, score)
-
-    def evaluate() -> dict[str, float]:
-        done = engine.generate(
-            [p.tokens for p in held_out], sampling_of(config), samples=config.eval_samples, seed=(config.seed, 2**32)
-        )
-        flat = scored([p for p, group in zip(held_out, done) for _ in group], [c for group in done for c in group])
-        return measure(flat, config.eval_samples)
 
     estimate = None
     try:
@@ -258,7 +245,7 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     )  # fmt: skip
     result = run(
         config, model, source, objective,
-        steps=config.steps, begin=begin, finish=finish, evaluate=evaluate if held_out else None,
+        steps=config.steps, begin=begin, finish=finish, evaluate=(lambda: evaluate(engine, held_out, config)) if held_out else None,
         flops_per_token=estimate.flops_per_token if estimate else 0.0,
         peak_flops=estimate.peak_flops if estimate else 0.0,
     )  # fmt: skip
@@ -267,9 +254,20 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     return result
 
 
-def measure(completions: list[Scored], k: int) -> dict[str, float]:
-    """Error (1 - pass@1), pass@1, pass@k and cons@k of k completions a problem, one problem after another, their mean
-    length and the share cut off."""
+def as_scored(tokenizer, asked: Sequence[Prompt], done: Sequence[Completion]) -> list[Scored]:
+    """Completions as text, with what rewards read besides."""
+    return [
+        Scored(tokenizer.decode(c.tokens, skip_special_tokens=True), p.row, c.finished, p.thinking, len(c.tokens))
+        for p, c in zip(asked, done)
+    ]
+
+
+def evaluate(engine: Engine, prompts: list[Prompt], config: GRPOConfig) -> dict[str, float]:
+    """Error (1 - pass@1), pass@1, pass@k and cons@k of k = config.eval_samples completions of each prompt at
+    config.temperature, the same random streams every time; their mean length and the share cut off."""
+    k = config.eval_samples
+    done = engine.generate([p.tokens for p in prompts], sampling_of(config), samples=k, seed=(config.seed, EVALUATION))
+    completions = as_scored(engine.tokenizer, [p for p in prompts for _ in range(k)], [c for g in done for c in g])
     right = np.array([verdict == 1 for verdict in verdicts(completions)]).reshape(-1, k)
     answers = [final_answer(c.text, c.thinking) for c in completions]
     votes = [

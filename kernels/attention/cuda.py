@@ -34,7 +34,11 @@ def _sizes(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int
 # has no entry of its own, within 99 KiB of shared memory; "... softcap" goes first under a softcap, whose tanh takes
 # registers. Chosen so that nothing spills, with Triton 3.9 on every part and with 3.6 on sm_90 (docs/gpu.md).
 SIZES: dict[tuple[str, str, int], dict[str, dict[str, int]]] = {
-    ("forward", "narrow", 64): {"any": _sizes(128, 64, 4, 3), "blackwell": _sizes(128, 64, 8, 2)},
+    ("forward", "narrow", 64): {
+        "any": _sizes(128, 64, 4, 3),
+        "blackwell": _sizes(128, 64, 8, 2),
+        "rtx softcap": _sizes(128, 64, 8, 2),
+    },
     ("forward", "narrow", 128): {"any": _sizes(128, 64, 8, 2), "hopper": _sizes(128, 64, 8, 3)},
     ("forward", "narrow", 256): {"any": _sizes(64, 32, 8, 2), "hopper": _sizes(128, 32, 8, 2)},
     ("dk_dv", "narrow", 64): {
@@ -54,13 +58,13 @@ SIZES: dict[tuple[str, str, int], dict[str, dict[str, int]]] = {
     ("dq", "narrow", 256): {"any": _sizes(32, 32, 4, 2)},
     ("forward", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
     ("forward", "fp32", 128): {"any": _sizes(32, 16, 8, 1)},
-    ("forward", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
+    ("forward", "fp32", 256): {"any": _sizes(16, 16, 8, 1), "rtx": _sizes(32, 16, 8, 1)},
     ("dk_dv", "fp32", 64): {"any": _sizes(32, 16, 8, 1)},
     ("dk_dv", "fp32", 128): {"any": _sizes(16, 16, 8, 1), "ampere": _sizes(32, 16, 8, 1)},
-    ("dk_dv", "fp32", 256): {"any": _sizes(16, 16, 8, 1)},
+    ("dk_dv", "fp32", 256): {"any": _sizes(16, 16, 8, 1), "amd": _sizes(16, 16, 4, 1)},
     ("dq", "fp32", 64): {"any": _sizes(32, 32, 4, 2)},
     ("dq", "fp32", 128): {"any": _sizes(16, 16, 8, 2)},
-    ("dq", "fp32", 256): {"any": _sizes(16, 16, 8, 2)},
+    ("dq", "fp32", 256): {"any": _sizes(16, 16, 8, 2), "amd": _sizes(16, 16, 4, 1)},
 }
 
 
@@ -68,7 +72,7 @@ def family(arch: str) -> str:
     """The row of `SIZES` for a part: "sm_90", "gfx942", ..."""
     if arch.startswith("gfx"):
         return "amd"
-    return {"8": "ampere", "9": "hopper", "10": "blackwell"}.get(arch[3:-1], "any")
+    return {"8": "ampere", "9": "hopper", "10": "blackwell", "12": "rtx"}.get(arch[3:-1], "any")
 
 
 @lru_cache

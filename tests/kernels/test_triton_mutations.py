@@ -103,11 +103,11 @@ REST = [
     Fault("int32 offset", FORWARD, "head = tl.program_id(1).to(tl.int64)", "head = tl.program_id(1)", *FAR_HEADS),
     # attention, backward
     Fault("off-by-one mask", BACKWARD, "tl.sum(x * y, 1), mask=row < T", "tl.sum(x * y, 1), mask=row <= T", "shapes", "row_sums float32"),
-    Fault("off-by-one bound", BACKWARD, "tl.minimum(last + left + 1, q_len)", "tl.minimum(last + left, q_len)", "options", "option narrow window"),
+    Fault("off-by-one bound", BACKWARD, "tl.minimum(last + left + 1, q_len)", "tl.minimum(last + left, q_len)", "options", "option window of two keys"),
     Fault("swapped stride", BACKWARD, "dk += first_k.to(tl.int64) * kv_heads * D", "dk += first_k.to(tl.int64) * heads * D", "shapes", "repeats_and_packs_alike {'causal': False}"),
     Fault("int32 offset", BACKWARD, "ups = d_out + first.to(tl.int64) * d_stride", "ups = d_out + first * d_stride", *FAR_DOCUMENTS),
     Fault("int32 offset", BACKWARD, "kv_head = tl.program_id(1).to(tl.int64)", "kv_head = tl.program_id(1)", *FAR_HEADS),
-    Fault("one head of the group", BACKWARD, "for member in range(0, group):", "for member in range(0, 1):", "shapes", "repeats_and_packs_alike {'causal': False}"),
+    Fault("one head of the group", BACKWARD, "for member in range(0, group):", "for member in range(0, 1):", "shapes", "shape_and_dtype (3, 1, 96, 96) bfloat16"),
 ]  # fmt: skip
 FAULTS = FIRST + REST
 

@@ -98,6 +98,7 @@ OPTIONS = {
     "full": {"causal": False},
     "narrow window": {"window": (3, 0)},
     "window of one key": {"window": (0, 0)},
+    "window of two keys": {"window": (1, 0)},  # the last query that sees a block of keys is alone in its block
     "both sides": {"window": (20, 5), "causal": False},
     "right only": {"window": (-1, 2), "causal": False},
     "wide window": {"window": (1000, 1000), "causal": False},
@@ -174,17 +175,21 @@ def plain_causal(dtype):
 
 @case("shapes")
 def strides():
-    """Slices of a fused projection, transposed heads, odd offsets and expanded gradients give the same bits."""
+    """Slices of a fused projection, transposed heads, odd offsets and expanded gradients give the same bits.
+
+    Values are wider than keys, or one's stride could pass for the other's.
+    """
     blocks(16, 16)
-    (q, k, v, sinks), up = make([20], [20], 2, 1, 16, 16, torch.float32, 3)
+    (q, k, v, sinks), up = make([20], [20], 2, 1, 16, 24, torch.float32, 3)
     fused = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1).detach()
-    parts = [x.unflatten(1, (-1, 16)).requires_grad_() for x in fused.split([32, 16, 16], 1)]
+    widths = (16, 16, 24)
+    parts = [x.unflatten(1, (-1, n)).requires_grad_() for x, n in zip(fused.split([32, 16, 24], 1), widths)]
     turned = [x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in (q, k, v)]
     odd = [torch.zeros(x.numel() + 1)[1:].view_as(x).copy_(x.detach()).requires_grad_() for x in (q, k, v)]
     exact = ours([q, k, v, sinks], up, [20], [20], {})
     for inputs in (parts, turned, odd):
         assert same_bits(ours([*inputs, sinks], up.transpose(0, 1).contiguous().transpose(0, 1), [20], [20], {}), exact)
-    one = torch.ones(()).expand(20, 2, 16)
+    one = torch.ones(()).expand(20, 2, 24)
     assert same_bits(
         ours([q, k, v, sinks], one, [20], [20], {}), ours([q, k, v, sinks], one.contiguous(), [20], [20], {})
     )

@@ -1,0 +1,168 @@
+"""Does reinforcement learning teach, or does anything that goes on? Curves of three seeds beside two controls.
+
+From one cold start (traces of a teacher who errs in 15 % of the steps), for each seed: GRPO; GRPO whose rewards are dealt to
+the wrong completions (same rewards, no information); and more fine-tuning on the teacher's traces, as many tokens as GRPO
+trained on. Held-out pass@1 at temperature 1, on problems that none of them has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from longtrace.trainer import demo, grpo, tasks, train
+from longtrace.trainer.config import Refusal, SFTConfig
+from longtrace.trainer.evaluate import wilson
+from longtrace.trainer.model import load_model
+from longtrace.trainer.rollout import Engine
+
+from .. import BenchConfig, harness
+from ..harness import console
+
+SEEDS = (0, 1, 2)
+SAMPLES, HELD_OUT, EVERY = 4, 128, 10
+ARMS = {"grpo": "GRPO", "permuted": "GRPO, rewards permuted", "sft": "more fine-tuning"}
+_shuffle = random.Random(0)
+
+
+def permuted(completions: list[str], rows: list[dict]) -> list[float]:
+    """The rewards of a batch, dealt out at random."""
+    rewards = [float(tasks.solved(row, text)) for text, row in zip(completions, rows)]
+    _shuffle.shuffle(rewards)
+    return rewards
+
+
+def bench(config: BenchConfig) -> None:
+    """Trains, prints the checks, draws grpo_curve.png, writes the record. Raises Refusal if a check fails."""
+    recipe = demo.QUICK if config.quick else demo.FULL
+    steps = 6 if config.quick else config.steps or recipe.rl_steps
+    seeds = SEEDS[:1] if config.quick else SEEDS
+    torch.set_num_threads(1)  # a model this small is no faster on more
+    machine = harness.machine(1)
+    with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
+        cold, curves = Path(folder) / "cold", {arm: [] for arm in ARMS}
+        _cold_start(recipe, cold)
+        start = _rate(recipe, cold)
+        console.print(f"cold start: pass@1 {start:.3f}", highlight=False)
+        for seed in seeds:
+            trained = 0  # tokens
+            for arm in ARMS:
+                _shuffle.seed(seed)
+                out = Path(folder) / f"{arm}-{seed}"
+                if arm == "sft":
+                    curve = [(0, start), (steps, _more_sft(recipe, cold, out, seed, trained))]
+                else:
+                    found = grpo.grpo(_grpo(recipe, cold, out, seed, steps, arm))
+                    trained = trained or sum(row["tokens"] for row in found.metrics)
+                    curve = [(row["step"], row["eval_pass@1"]) for row in found.metrics if "eval_pass@1" in row]
+                    curve = [(0, start), *curve]
+                curves[arm].append(curve)
+                console.print(f"seed {seed}, {ARMS[arm]}: pass@1 {curve[-1][1]:.3f}", highlight=False)
+    rows = [_row(arm, curves[arm], start, steps) for arm in ARMS]
+    by_arm = {row["impl"]: row for row in rows}
+    checks = [
+        _check(
+            by_arm["grpo"]["pass_at_1"] >= (0.0 if config.quick else 0.7),
+            f"GRPO reaches 0.7 ({by_arm['grpo']['pass_at_1']:.3f})",
+        ),
+        _check(
+            config.quick or by_arm["permuted"]["pass_at_1"] < start + 0.05,
+            f"permuted rewards do not rise ({start:.3f} to {by_arm['permuted']['pass_at_1']:.3f})",
+        ),
+        _check(
+            config.quick or by_arm["grpo"]["low"] > by_arm["sft"]["high"],
+            f"GRPO's interval lies above more fine-tuning's ({by_arm['sft']['pass_at_1']:.3f})",
+        ),
+    ]
+    columns = {"impl": "", "pass_at_1": "pass@1", "low": "95 % from", "high": "to", "seeds": "seeds"}
+    harness.print_table(
+        "Held-out pass@1 at temperature 1", columns, rows, dict.fromkeys(("pass_at_1", "low", "high"), ".3f")
+    )
+    for check in checks:
+        console.print(check, style="green" if check.startswith("holds") else "bold red", highlight=False)
+    what = f"{steps} steps, {recipe.rl_prompts} problems x 8, chains of {recipe.steps_of_a_chain}; {HELD_OUT} x {SAMPLES} held out"
+    record = harness.write_record(
+        "grpo_curve", config.json, machine=machine, rows=rows, ratios={}, setting=what, cold_start=start, curves=curves,
+        checks=checks,
+    )  # fmt: skip
+    _picture(record.parent / "grpo_curve.png", curves, what)
+    console.print(f"record in {record}, picture beside it", highlight=False)
+    if failed := [check for check in checks if check.startswith("FAILS")]:
+        raise Refusal(f"bench grpo_curve: {len(failed)} of {len(checks)} checks failed")
+
+
+def _check(holds: bool, text: str) -> str:
+    return f"{'holds' if holds else 'FAILS'}: {text}"
+
+
+def _sft(recipe, model: Path, out: Path, seed: int, steps: int) -> None:
+    train.sft(
+        SFTConfig(
+            model=str(model), data=[recipe.data(0, errors=recipe.errors)], out=out, max_tokens=256,
+            tokens_per_row=recipe.tokens_per_row, steps=steps, lr=recipe.lr, warmup=0.05, dtype="fp32",
+            activation_checkpointing="off", seed=seed,
+        )
+    )  # fmt: skip
+
+
+def _cold_start(recipe, out: Path) -> None:
+    base = out.with_name("base")
+    tokenizer = demo.make_tokenizer([recipe.data(0, style=style) for style in ("concise", "answer")])
+    demo.make_model(tokenizer, 0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    _sft(recipe, base, out, 0, recipe.optimizer_steps)
+
+
+def _more_sft(recipe, cold: Path, out: Path, seed: int, tokens: int) -> float:
+    recipe = dataclasses.replace(recipe, lr=recipe.rl_lr)
+    _sft(recipe, cold, out, seed, max(1, round(tokens / recipe.tokens_per_row)))
+    return _rate(recipe, out)
+
+
+def _grpo(recipe, model: Path, out: Path, seed: int, steps: int, arm: str) -> grpo.GRPOConfig:
+    return grpo.GRPOConfig(
+        model=str(model), data=[recipe.data(0)], eval_data=[recipe.data(0, "test")], eval_limit=HELD_OUT,
+        eval_samples=SAMPLES, eval_every=EVERY, out=out, max_tokens=256, tokens_per_row=2048,
+        max_new_tokens=recipe.max_new_tokens, prompts_per_rollout=recipe.rl_prompts, steps=steps, lr=recipe.rl_lr,
+        schedule="constant", warmup=0, dtype="fp32", activation_checkpointing="off", seed=seed,
+        reward=["accuracy"] if arm == "grpo" else [f"{__name__}:permuted"],
+    )  # fmt: skip
+
+
+def _rate(recipe, folder: Path) -> float:
+    """Held-out pass@1 of a folder, by the same engine and samples as in the loop."""
+    config = _grpo(recipe, folder, folder / "unused", 0, 1, "grpo")
+    model = load_model(config)
+    held_out = grpo.read_prompts(config.eval_data, model, config, HELD_OUT)
+    return grpo.evaluate(Engine.of(model, config.slots), held_out, config)["eval_pass@1"]
+
+
+def _row(arm: str, curves: list[list[tuple[int, float]]], start: float, steps: int) -> dict:
+    final = [curve[-1][1] for curve in curves]
+    trials = len(final) * HELD_OUT * SAMPLES
+    low, high = wilson(round(float(np.mean(final)) * trials), trials)
+    return {"impl": arm, "pass_at_1": float(np.mean(final)), "low": low, "high": high, "start": start, "steps": steps,
+            "seeds": ", ".join(f"{value:.3f}" for value in final)}  # fmt: skip
+
+
+def _picture(path: Path, curves: dict[str, list], note: str) -> None:
+    figure = Figure(figsize=(7.5, 4), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for (arm, label), colour in zip(ARMS.items(), ("#2f6fde", "#c0392b", "#9aa4b2")):
+        for i, curve in enumerate(curves[arm]):
+            ax.plot(*zip(*curve), color=colour, linewidth=1.6, alpha=0.9, label=label if i == 0 else None)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("optimizer step of GRPO (more fine-tuning: as many tokens)")
+    ax.set_ylabel("held-out pass@1")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color="#5d6673")
+    figure.savefig(path)
