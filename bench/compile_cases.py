@@ -20,14 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # What the kernels call their arguments. Whatever is not a number here is a pointer, of the type POINTERS gives it, or
 # the operands' own.
-SIZES = {"V", "H", "T", "R", "F", "span", "spans", "documents", "steps", "heads", "group", "D", "DV", "left", "right"}
-REALS = {"scale", "bias_scale", "inv_cap", "out_scale", "slope", "bias_slope", "inner", "outer"}
+SIZES = {"V", "H", "T", "R", "F", "blocks", "documents", "steps", "heads", "group", "D", "DV", "left", "right"}
+REALS = {"scale", "bias_scale", "inv_cap", "out_scale", "inner", "outer"}
 POINTERS = {
-    "target": "i64", "columns": "i64", "order": "i64", "first": "i64", "dropped": "u8", "offsets_q": "i32",
-    "offsets_k": "i32",
+    "target": "i64", "columns": "i64", "offsets_q": "i32", "offsets_k": "i32",
 } | dict.fromkeys(
-    ("bias", "maximum", "log_sum", "log_prob", "entropy", "a", "b", "e", "s", "class_weight", "parts", "weight",
-     "logits", "d_bias", "stats", "delta", "sinks"), "fp32",
+    ("bias", "maximum", "log_sum", "log_prob", "entropy", "a", "e", "logits", "reference", "total", "peak", "dot", "mass",
+     "total_out", "peak_out", "dot_out", "mass_out", "stats", "delta", "sinks"), "fp32",
 )  # fmt: skip
 
 
@@ -41,9 +40,9 @@ class Case:
     """One object to compile."""
 
     kernel: str
-    """Family and name: "tile dh"."""
+    """Family and name: "tile exp"."""
     config: str
-    """What tells its configurations apart: "bf16 narrow, all inputs"."""
+    """What tells its configurations apart: "bf16 aligned, all inputs"."""
     arch: str
     function: JITFunction
     signature: dict[str, str]
@@ -78,7 +77,7 @@ def _case(kernel, config, arch, function, sizes, flags, dtype, product=False, **
 # ----------------------------------------------------------------------------------------------------------------------
 # The head
 
-TILE = {"stats": triton_tile.stats_kernel, "dh": triton_tile.dh_kernel, "dw": triton_tile.dw_kernel}
+TILE = {"exp": triton_tile.exp_kernel, "gradient": triton_tile.gradient_kernel}
 INPUTS = {"all inputs": True, "no options": False}
 
 
@@ -87,7 +86,8 @@ def head_cases(arch: str, inputs: str = "all inputs") -> Iterator[Case]:
 
     def made(kernel, dtype, function, sizes, group="", product=False, aligned=True, **pointers) -> Case:
         on = {x: INPUTS[inputs] for x in function.arg_names if x.startswith("HAS_")}
-        flags = on | ({"ALIGNED": aligned} if "ALIGNED" in function.arg_names else {})
+        flags = {"ALIGNED": aligned, "ALIGNED_V": aligned and "any V" not in group}
+        flags = on | {x: value for x, value in flags.items() if x in function.arg_names}
         config = ", ".join(filter(None, (" ".join(filter(None, (dtype, group))), inputs)))
         return _case(kernel, config, arch, function, sizes, flags, dtype, product, **pointers)
 
@@ -98,14 +98,15 @@ def head_cases(arch: str, inputs: str = "all inputs") -> Iterator[Case]:
         for p in DTYPES:
             pointers = {"out": p if name == "compact" else "fp32"} | ({"scale": "fp32"} if name == "column_max" else {})
             yield made(f"columns {name}", p, getattr(triton_columns, f"{name}_kernel"), sizes, **pointers)
-    yield made("tile combine", "fp32", triton_tile.combine_kernel, triton_tile.COMBINE)
-    for group, configs in triton_tile.BLOCKS.items():
-        for p in ("fp32",) if "fp32" in group else ("bf16", "fp16"):
-            for name, sizes in configs.items():
-                yield made(
-                    f"tile {name}", p, TILE[name], sizes, group.removeprefix("fp32").strip(), p != "fp32",
-                    "ragged" not in group, out="fp32",
-                )  # fmt: skip
+    yield made("tile sums", "fp32", triton_tile.sums_kernel, triton_tile.SUMS)
+    for group, sizes in triton_tile.BLOCKS.items():
+        wide = group == "aligned"
+        yield made(
+            "tile target", "bf16", triton_tile.target_kernel, triton_tile.TARGET, group, aligned=wide, out="fp32"
+        )
+        for name, function in TILE.items():
+            for V in ("", " any V") if wide else ("",):
+                yield made(f"tile {name}", "bf16", function, sizes, group + V, product=True, aligned=wide)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,4 +172,4 @@ def quick() -> list[Case]:
         attention_case("sm_120", "dk_dv", "bf16", 64, 64, "all"), attention_case("sm_100", "forward", "bf16", 128, 128),
         attention_case("gfx942", "forward", "bf16", 128, 128), attention_case("sm_80", "delta", "bf16", 128, 128),
     ]  # fmt: skip
-    return hot + [x for x in head_cases("sm_90") if x.config in ("fp32, all inputs", "bf16 narrow, all inputs")]
+    return hot + [x for x in head_cases("sm_90") if x.config in ("fp32, all inputs", "bf16 aligned, all inputs")]

@@ -57,8 +57,46 @@ def _rows(n: int, *sizes: int) -> tuple[Operand, ...]:
     return tuple(Operand((n,), size) for size in sizes if size)
 
 
+def target_logit(a: Mapping) -> Pass:
+    """Ours: the logit of each token's target; rows of w that several tokens share count once."""
+    T, H = a["h"].shape
+    targets = len(set(a["target"].tolist()))
+    reads = (Operand((T, H), 2), Operand((targets, H), 2), *_rows(T, 8), *_rows(targets, _size(a["bias"])))
+    return Pass("triton_tile.target_kernel", reads, _rows(T, 4))
+
+
+def _tile(name: str, a: Mapping, rows: tuple[int, ...], writes: tuple[Operand, ...]) -> Pass:
+    """A product of ours with something in its epilogue, which reads `rows` of each token."""
+    (T, H), V = a["h"].shape, a["w"].shape[0]
+    reads = (Operand((T, H), 2), Operand((V, H), 2), *_rows(T, *rows), *_rows(V, _size(a["bias"])))
+    out = () if a["out"] is None else (Operand((T, V), _size(a["out"])),)
+    return Pass(name, reads, (*writes, *out), (T, H, V), blocks=(a["BLOCK_T"], a["BLOCK_H"], a["BLOCK_V"]))
+
+
+def _parts(a: Mapping) -> tuple[Operand, ...]:
+    """The sums of each block of the vocabulary, of the kinds that are asked for."""
+    kinds = 2 + bool(a["HAS_DOT"]) + bool(a["HAS_MASS"])
+    return (Operand(tuple(a["total"].shape), 4),) * kinds
+
+
+def exp_tiles(a: Mapping) -> Pass:
+    """Ours: exponentials of logits that stay in their tile, and their sums."""
+    return _tile("triton_tile.exp_kernel", a, (8, 4), _parts(a))
+
+
+def tile_sums(a: Mapping) -> Pass:
+    """Ours: these sums over the blocks."""
+    parts = _parts(a)
+    return Pass("triton_tile.sums_kernel", parts, _rows(a["total"].shape[1], *(4 for _ in parts)))
+
+
+def gradient_tiles(a: Mapping) -> Pass:
+    """Ours: the gradient of logits that stay in their tile, from known statistics."""
+    return _tile("triton_tile.gradient_kernel", a, (8, 4, 4, 4, *((4, 4) if a["HAS_E"] else ())), ())
+
+
 def stats(a: Mapping) -> Pass:
-    """Ours: softmax statistics of R rows of raw logits."""
+    """Ours, fp16 and fp32: softmax statistics of R rows of raw logits."""
     R, V = a["logits"].shape
     more = 4 if a["HAS_ENTROPY"] else 0
     bias = _rows(V, _size(a["bias"]))
@@ -67,12 +105,10 @@ def stats(a: Mapping) -> Pass:
 
 
 def dlogits(a: Mapping) -> Pass:
-    """Ours: raw logits to their gradient in the operand dtype."""
+    """Ours, fp16 and fp32: raw logits to their gradient in the operand dtype."""
     R, V = a["logits"].shape
     entropy = (4, 4) if a["HAS_E"] else ()
-    smooth = (4,) if a["HAS_S"] else ()
-    columns = (*_rows(V, _size(a["bias"])), *_rows(V, 4 if a["HAS_CLASS"] else 0))
-    reads = (Operand((R, V), _size(a["logits"])), *_rows(R, 8, 4, 4, 4, 4, *entropy, *smooth), *columns)
+    reads = (Operand((R, V), _size(a["logits"])), *_rows(R, 8, 4, 4, 4, *entropy), *_rows(V, _size(a["bias"])))
     return Pass("triton_rows.dlogits_kernel", reads, (Operand((R, V), _size(a["out"])),))
 
 
@@ -90,12 +126,6 @@ def compact(a: Mapping) -> Pass:
     """Ours: kept columns side by side; every column of `columns` is distinct."""
     (R, F), size = a["out"].shape, _size(a["p"])
     return Pass("triton_columns.compact_kernel", (Operand((R, F), size), *_rows(F, 8)), (Operand((R, F), size),))
-
-
-def row_mass(a: Mapping) -> Pass:
-    """Ours: row sums over the dropped columns; here where every column is dropped."""
-    R, V = a["p"].shape
-    return Pass("triton_columns.row_mass_kernel", (Operand((R, V), _size(a["p"])), *_rows(V, 1)), _rows(R, 4))
 
 
 def liger_cross_entropy(a: Mapping) -> Pass:
@@ -151,8 +181,10 @@ def trl_backward(a: Mapping) -> Pass:
 
 
 OURS: dict[str, Callable[[Mapping], Pass]] = {
-    "triton_rows.stats_kernel": stats, "triton_rows.dlogits_kernel": dlogits, "triton_columns.column_max_kernel": column_max, "triton_columns.compact_kernel": compact,
-    "triton_columns.row_mass_kernel": row_mass,
+    "triton_tile.target_kernel": target_logit, "triton_tile.exp_kernel": exp_tiles, "triton_tile.sums_kernel": tile_sums,
+    "triton_tile.gradient_kernel": gradient_tiles, "triton_rows.stats_kernel": stats,
+    "triton_rows.dlogits_kernel": dlogits, "triton_columns.column_max_kernel": column_max,
+    "triton_columns.compact_kernel": compact,
 }  # fmt: skip
 PEERS: dict[str, Callable[[Mapping], Pass]] = {
     "cross_entropy.liger_cross_entropy_kernel": liger_cross_entropy, "grpo_loss._grpo_loss_fwd_kernel": liger_grpo_forward,
@@ -165,15 +197,29 @@ def _blocks(n: int, block: int) -> int:
     return -(-n // block)
 
 
+def _tile_again(a: Mapping, rows: int) -> int:
+    """Every tile loads its operands, and `rows` bytes of each token; caches serve them, as they do a library's product."""
+    (T, H), V = a["h"].shape, a["w"].shape[0]
+    tiles, blocks = _blocks(T, a["BLOCK_T"]), _blocks(V, a["BLOCK_V"])
+    return (blocks - 1) * T * (2 * H + rows) + (tiles - 1) * V * (2 * H + _size(a["bias"]))
+
+
+def _target_again(a: Mapping) -> int:
+    return (a["h"].shape[0] - len(set(a["target"].tolist()))) * (2 * a["h"].shape[1] + _size(a["bias"]))
+
+
 # What a launch loads and stores again, beyond each byte once: values a block reloads, and second reads of a row.
 AGAIN: dict[str, Callable[[Mapping], int]] = {
+    "triton_tile.target_kernel": _target_again,
+    "triton_tile.exp_kernel": lambda a: _tile_again(a, 12),
+    "triton_tile.sums_kernel": lambda a: 8 * a["total"].numel() * bool(a["HAS_DOT"]),
+    "triton_tile.gradient_kernel": lambda a: _tile_again(a, 20 + 8 * a["HAS_E"]),
     "triton_rows.stats_kernel": lambda a: a["logits"].shape[0] * _size(a["logits"]),
     "triton_rows.dlogits_kernel": lambda a: (
-        a["logits"].shape[0] * (_blocks(a["V"], a["BLOCK"]) - 1) * (24 + 8 * a["HAS_E"])
+        a["logits"].shape[0] * (_blocks(a["V"], a["BLOCK"]) - 1) * (20 + 8 * a["HAS_E"])
     ),
     "triton_columns.column_max_kernel": lambda a: 4 * a["R"] * (_blocks(a["V"], a["COLS"]) - 1) * a["HAS_SCALE"],
     "triton_columns.compact_kernel": lambda a: 8 * a["F"] * (a["out"].shape[0] - 1),
-    "triton_columns.row_mass_kernel": lambda a: a["V"] * (a["p"].shape[0] - 1),
     "cross_entropy.liger_cross_entropy_kernel": lambda a: (
         a["X_ptr"].shape[0] * (a["n_cols"] + 2) * _size(a["X_ptr"])
     ),

@@ -169,13 +169,17 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One trip through memory: a torch op, a library product or a kernel launch. `dims`: 2 prod(dims) FLOPs."""
+    """One trip through memory: a torch op, a library product or a kernel launch. `dims`: 2 prod(dims) FLOPs.
+
+    `blocks`: a kernel's block along each of dims, which is filled up to whole ones.
+    """
 
     name: str
     reads: tuple[Operand, ...] = ()
     writes: tuple[Operand, ...] = ()
     dims: tuple[int, ...] = ()
     double: bool = False  # the product is in fp64
+    blocks: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -183,7 +187,8 @@ class Pass:
 
     @property
     def flops(self) -> int:
-        return 2 * math.prod(self.dims) if self.dims else 0
+        blocks = self.blocks or (1,) * len(self.dims)
+        return 2 * math.prod(-(-d // b) * b for d, b in zip(self.dims, blocks)) if self.dims else 0
 
     def at(self, sizes: Mapping[int, int]) -> Pass:
         """The same pass with every dimension d replaced by sizes[d]. KeyError for a dimension without an entry."""

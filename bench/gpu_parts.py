@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from longtrace import kernels as K
 
-from . import harness, head_inputs, head_peers
 from . import head as head_bench
+from . import head_inputs, head_peers
 from .device import Clock, Times, measure, peak_mb, release
 from .gpu import note
 
@@ -99,30 +99,6 @@ def _parity_head(job: dict) -> dict[str, str]:
             for error, bound in bounds.items():
                 _hold(job, f"{key}, c = {kind}: {error}", case, found[error], found[error] <= bound + 1e-6,
                       f"at most {bound:.1e}")  # fmt: skip
-    return _parity_tiles(job)
-
-
-def _parity_tiles(job: dict) -> dict[str, str]:
-    """The head that never writes logits, for direct use."""
-    if not harness.installed("triton"):
-        return {"tiles": "triton is not installed"}
-    from longtrace.kernels.head import triton_tile
-    from longtrace.kernels.head.spec import Transform
-
-    sizes = (24, 300, 32) if job["dry"] else (2048, 32000, 512)
-    n, v, width = sizes
-    draw = _draw(job)
-    h, w = draw(n, width), 0.3 * draw(v, width)
-    y, one = torch.arange(n, device=h.device) % v, torch.ones(n, device=h.device)
-    truth = head_bench.exact(h, w, y, {"ones": one.cpu()})
-    eager = head_bench.compare(head_peers.run("eager", h, w, y, one), truth, "ones")
-    stats = triton_tile.tile_stats(h, w, None, y, Transform(), False)
-    dh = triton_tile.tile_dh(h, w, None, y, Transform(), stats, one, one, None)
-    dw = triton_tile.tile_dw(h, w, None, y, Transform(), stats, one, one, None)
-    found = head_bench.compare((None, stats.log_prob, dh, dw, {}), truth, "ones")
-    for error in ("logprob_err", "dh_err", "dw_err"):
-        _hold(job, f"tiles: {error}", _case(n, width, v), found[error], found[error] <= eager[error] + 1e-6,
-              f"at most {eager[error]:.1e}, eager's")  # fmt: skip
     return {}
 
 

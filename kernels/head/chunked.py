@@ -238,13 +238,13 @@ class WeightedLoss(torch.autograd.Function):
 
 
 def _scaled(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """saved * upstream in `dtype`, multiplied in saved's own dtype and rounded once; slices keep temporaries small."""
+    """saved * upstream in `dtype`, multiplied in saved's own dtype and rounded once; slices keep a CPU's temporaries small."""
     if saved.dtype == dtype:
         return saved * upstream
     out = on_huge_pages(torch.empty_like(saved, dtype=dtype))
-    step = max(1, 2**19 // max(1, saved[:1].numel()))
+    step = max(1, saved.shape[0] if saved.is_cuda else 2**19 // max(1, saved[:1].numel()))
     for i in range(0, saved.shape[0], step):
-        out[i : i + step] = saved[i : i + step] * upstream
+        torch.mul(saved[i : i + step], upstream, out=out[i : i + step])
     return out
 
 

@@ -180,7 +180,7 @@ class CompressedWalk(Walk):
         profiles = [x.matrix.g[:, : len(x.sums)] for x in tails]
         joined = self.engine.pack(profiles, torch.cat([x.matrix.scale for x in tails]))
         if self.d_input is not None:
-            profiles = self.engine.dh(_times(joined, gain), None)
+            profiles = self.engine.profiles_dh(_times(joined, gain))
             for x, profile in zip(tails, profiles.split([len(x.sums) for x in tails])):
                 for j, weight in enumerate(x.weight.unbind(1)):
                     self.d_input[x.index] += weight[:, None] * profile[x.cluster + j * x.rank]

@@ -1,6 +1,6 @@
-"""The CUDA engine: cuBLAS chunks with fp32 logits, and Triton for everything between the products.
+"""The CUDA engines: library products for the gradients, Triton for the logits of bf16 and for all passes between.
 
-Not timed on a GPU. Its arithmetic is tested on the CPU under Triton's interpreter.
+Not timed on a GPU. Their arithmetic is tested on the CPU under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from longtrace.kernels.head import triton_columns as columns_of
 from longtrace.kernels.head import triton_rows as rows_of
+from longtrace.kernels.head import triton_tile as tiles_of
 from longtrace.kernels.head.engine import Forward, Matrix, TorchEngine
 from longtrace.kernels.head.epilogue import RowStats
+from longtrace.kernels.head.spec import Transform
 
 
-class TritonEngine(TorchEngine):
-    """As `TorchEngine`; one read of a chunk's logits for the statistics, one read and write for the probabilities.
+class TritonRows(TorchEngine):
+    """For fp32 and fp16: fp32 logits from the library, one read for the statistics, one read and write for p.
 
     `Matrix.g` is the transpose of (n, V) in the operand dtype; row factors stay in `scale`, as in tile.py.
     """
@@ -23,22 +25,19 @@ class TritonEngine(TorchEngine):
     def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
         raw = self.gemm.logits(h)
         stats = rows_of.softmax_stats(raw, target, self.bias, self.transform, entropy)
-        slope = self._slope(stats)
+        slope = self.transform.slope(stats.log_prob + stats.maximum + stats.log_sum)
         if not keep:
             return Forward(stats, None, None, slope)
-        one, zero = torch.ones_like(stats.maximum), torch.zeros_like(stats.maximum)
-        matrix = self._dlogits(raw, target, stats, one, zero, None)
-        if not mass:
-            return Forward(stats, matrix, None, slope)
-        every = torch.ones(raw.shape[1], dtype=torch.bool, device=raw.device)
-        return Forward(stats, matrix, columns_of.row_mass(matrix.g.t(), every) * matrix.scale, slope)
+        matrix = self._dlogits(raw, target, stats, torch.ones_like(stats.maximum), None)
+        sums = self.rows(matrix, raw.new_ones(raw.shape[1], 1)).squeeze(1) if mass else None
+        return Forward(stats, matrix, sums, slope)
 
     def gradient(
         self, h: Tensor, target: Tensor, stats: RowStats, a: Tensor, e: Tensor | None, spread: Tensor | None = None
     ) -> Matrix:
         if spread is not None:  # label smoothing under a softcap
             return super().gradient(h, target, stats, a, e, spread)
-        return self._dlogits(self.gemm.logits(h), target, stats, a, torch.zeros_like(a), e)
+        return self._dlogits(self.gemm.logits(h), target, stats, a, e)
 
     def scaled(self, matrix: Matrix, factor: Tensor) -> Matrix:
         return Matrix(matrix.g, factor if matrix.scale is None else matrix.scale * factor)
@@ -56,15 +55,67 @@ class TritonEngine(TorchEngine):
                 product = self.gemm.product(matrix.g, h * (matrix.scale / top)[:, None]) * top
                 accumulator.add_(product) if add else accumulator.copy_(product)
                 return
-            h = (h * matrix.scale[:, None]).to(h.dtype)
+            h = torch.mul(h, matrix.scale[:, None], out=torch.empty_like(h))  # in fp32, rounded once
         super().dw_(accumulator, Matrix(matrix.g, None), h, columns, add)
 
-    def _dlogits(self, raw: Tensor, target: Tensor, stats: RowStats, a: Tensor, b: Tensor, e: Tensor | None) -> Matrix:
-        """p (a - e (log p + entropy)) times the softcap's slope, 0 at the targets; the kernel's gain is taken back."""
+    def _dlogits(self, raw: Tensor, target: Tensor, stats: RowStats, a: Tensor, e: Tensor | None) -> Matrix:
+        """p (a - e (log p + entropy)) times the softcap's slope, 0 at the targets."""
         out = raw if self.gemm.weight.dtype == raw.dtype else torch.empty_like(raw, dtype=self.gemm.weight.dtype)
-        rows_of.dlogits(raw, target, self.bias, self.transform, stats, a, b, e, None, None, out)
-        out.scatter_(1, target[:, None], 0.0)
-        return Matrix(out.t(), torch.full_like(a, 1.0 / self.transform.gain))
+        return Matrix(rows_of.dlogits(raw, target, self.bias, self.transform, stats, a, e, out).t(), None)
 
-    def _slope(self, stats: RowStats) -> Tensor | None:
-        return self.transform.slope(stats.log_prob + stats.maximum + stats.log_sum)
+
+class TritonTiles(TritonRows):
+    """For bf16: exp(z - reference), or the gradient, leaves the tile of the first product; 6 bytes a logit in all.
+
+    `Matrix.g` is the transpose of (n in whole blocks, V), blocks as the library's products take them; rows past n are 0.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform, block: int):
+        super().__init__(rows_of.near_rows(rows_of.unit_rows("weight", weight)), bias, transform, block)
+        self.memory: Tensor | None = None
+
+    def _buffer(self, n: int) -> Tensor:
+        """(n in whole blocks, V), the rows past n 0: one block of memory, used again by every chunk of the call."""
+        V, rows = self.weight.shape[0], -(-n // self.gemm.block) * self.gemm.block
+        if self.memory is None or len(self.memory) < rows:
+            self.memory = None
+            self.memory = self.weight.new_empty(rows, -(-V // 16) * 16)  # rows as the tiles and the library like them
+        if n < rows:
+            self.memory[n:rows].zero_()
+        return self.memory[:rows, :V]
+
+    def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
+        n, g = h.shape[0], self._buffer(h.shape[0]) if keep else None
+        found = tiles_of.softmax_tiles(
+            h, self.weight, self.bias, target, self.transform, entropy, mass and keep, g[:n] if keep else None
+        )
+        slope = self.transform.slope(found.target)
+        return Forward(found.stats, Matrix(g.t(), found.scale) if keep else None, found.mass, slope)
+
+    def gradient(self, h: Tensor, target: Tensor, stats: RowStats, a: Tensor, e: Tensor | None) -> Matrix:
+        n, g = h.shape[0], self._buffer(h.shape[0])
+        tiles_of.gradient_tiles(h, self.weight, self.bias, target, self.transform, stats, a, e, g[:n])
+        return Matrix(g.t(), torch.ones_like(a))
+
+    def column_max(self, matrix: Matrix) -> Tensor:
+        return super().column_max(_narrowed(matrix))
+
+    def take(self, matrix: Matrix, columns: Tensor) -> Matrix:
+        return super().take(_narrowed(matrix), columns)
+
+    def project(self, matrix: Matrix, right: Tensor) -> Tensor:
+        return super().project(_narrowed(matrix), right)
+
+    def rows(self, matrix: Matrix, right: Tensor) -> Tensor:
+        return super().rows(_narrowed(matrix), right)
+
+    def dw_(self, accumulator: Tensor, matrix: Matrix, h: Tensor, columns: Tensor | None, add: bool = True) -> None:
+        super().dw_(accumulator, _narrowed(matrix), h, columns, add)
+
+    def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
+        return self.gemm.dh(matrix.g.t(), columns)[: len(matrix.scale)].mul_(matrix.scale[:, None])
+
+
+def _narrowed(matrix: Matrix) -> Matrix:
+    """Without the rows of the buffer that no token fills."""
+    return Matrix(matrix.g[:, : len(matrix.scale)], matrix.scale)

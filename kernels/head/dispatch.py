@@ -79,7 +79,7 @@ def linear_weighted_nll(
             be used. fp32 and fp64 take exact.
         weight_grad: (V, H) fp32 buffer that the backward adds linear_weight's gradient to, in fp32 and never rounded;
             linear_weight itself then gets none. At least one input must require grad.
-        budget_mb: bound on the logits buffer; default LONGTRACE_HEAD_BUDGET_MB, else 256 (CPU) or 1024 (CUDA).
+        budget_mb: bound on the logits buffer; default LONGTRACE_HEAD_BUDGET_MB, else 256 (CPU) or 1536 (CUDA).
 
     Returns:
         the scalar sum in fp32 (fp64 for fp64 inputs), differentiable once in input, linear_weight and linear_bias; and

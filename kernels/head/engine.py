@@ -137,6 +137,11 @@ class TorchEngine:
         out = self.gemm.dh(matrix.g.t(), columns)
         return out if matrix.scale is None else out * matrix.scale[:, None]
 
+    def profiles_dh(self, matrix: Matrix) -> Tensor:
+        """(k, H) = value^T @ weight of k profiles, as many as there are: no row of a caller depends on their number."""
+        out = self.gemm.product(matrix.g.t(), self.gemm.weight)
+        return out if matrix.scale is None else out * matrix.scale[:, None]
+
     def dw_(self, accumulator: Tensor, matrix: Matrix, h: Tensor, columns: Tensor | None, add: bool = True) -> None:
         """accumulator (V, H) (its rows `columns`, when given) += value @ h (n, H), or = without `add`."""
         g = matrix.g if matrix.scale is None else matrix.g * matrix.scale

@@ -12,7 +12,6 @@ from torch import Tensor
 from longtrace.kernels import extension
 from longtrace.kernels.head.engine import Forward, Matrix
 from longtrace.kernels.head.epilogue import RowStats
-from longtrace.kernels.head.plan import PANEL_ROWS
 from longtrace.kernels.head.spec import Transform
 
 
@@ -21,9 +20,9 @@ class TileEngine:
 
     dtype = torch.float32
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform):
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform, block: int):
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        self.transform = transform
+        self.transform, self.block = transform, block  # a panel of csrc
         self.bias = None if bias is None else bias.float().contiguous()
         self.memory: Tensor | None = None
         self.scalars = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
@@ -33,11 +32,15 @@ class TileEngine:
         if self.memory is None:
             self.memory = torch.ops.longtrace.head_buffer(self.weight, n)
             return self.memory
-        rows, panels = self.weight.shape[0], -(-n // PANEL_ROWS) | 1  # an odd number of panels: row_stride in csrc
-        if rows * panels * PANEL_ROWS > self.memory.numel():
+        rows, width = self.weight.shape[0], self._width(n)
+        if rows * width > self.memory.numel():
             self.memory = None
             return self._buffer(n)
-        return self.memory.view(-1)[: rows * panels * PANEL_ROWS].view(rows, panels * PANEL_ROWS)
+        return self.memory.view(-1)[: rows * width].view(rows, width)
+
+    def _width(self, n: int) -> int:
+        """n in an odd number of panels: row_stride in csrc."""
+        return (-(-n // self.block) | 1) * self.block
 
     def forward(self, h: Tensor, target: Tensor, entropy: bool, keep: bool, mass: bool = False) -> Forward:
         g = self._buffer(h.shape[0]) if keep else None
@@ -62,7 +65,7 @@ class TileEngine:
         values = values if isinstance(values, list) else [values]
         dtype = self.weight.dtype if extension.BF16_OPERANDS and self.weight.dtype == torch.bfloat16 else torch.float32
         rows, k = values[0].shape[0], sum(x.shape[1] for x in values)
-        g = values[0].new_empty(rows, (-(-k // PANEL_ROWS) | 1) * PANEL_ROWS, dtype=dtype)
+        g = values[0].new_empty(rows, self._width(k), dtype=dtype)
         g[:, k:] = 0
         for part, x in zip(g[:, :k].split([x.shape[1] for x in values], 1), values):
             part.copy_(x)
@@ -88,6 +91,9 @@ class TileEngine:
 
     def dh(self, matrix: Matrix, columns: Tensor | None) -> Tensor:
         return torch.ops.longtrace.head_dh(matrix.g, self.weight, columns, matrix.scale.shape[0], matrix.scale)
+
+    def profiles_dh(self, matrix: Matrix) -> Tensor:
+        return self.dh(matrix, None)
 
     def dw_(self, accumulator: Tensor, matrix: Matrix, h: Tensor, columns: Tensor | None, add: bool = True) -> None:
         torch.ops.longtrace.head_dw_(accumulator, matrix.g, h, matrix.scale, columns, add)

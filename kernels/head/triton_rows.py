@@ -1,8 +1,8 @@
 """Row-wise Triton kernels over a chunk of raw logits (R, V) = h . w, as a GEMM with fp32 results leaves them.
 
-What: softmax statistics, logits turned into their gradient, and the gradient of the bias, each in one read of the
-chunk (the passes of the compressed head are in `triton_columns.py`). Replaces: the PyTorch passes of `epilogue.py`,
-which read and write the chunk several times.
+What: softmax statistics, and logits turned into their gradient, each in one read of the chunk: the head of fp32 and fp16
+(bf16 has `triton_tile.py`; fp16 could not hold its exponentials). Replaces: the PyTorch passes of `epilogue.py`, which
+read and write the chunk several times.
 Why faster: the logit transform, the softmax and the rounding to the GEMM's operand dtype happen in registers.
 No atomics and sums in a fixed order, so results repeat bitwise; no size or hyper-parameter is a constexpr, so a new
 V, R or temperature never recompiles. Tested in the interpreter, compiled ahead of time; not timed on a GPU.
@@ -26,7 +26,6 @@ NEAR = 2**24  # elements from row to row: within a block of up to 128 rows, offs
 BLOCKS: dict[str, dict[str, Any]] = {
     "stats": {"BLOCK": 2048, "num_warps": 4, "enable_fp_fusion": False},
     "dlogits": {"BLOCK": 2048, "num_warps": 4, "enable_fp_fusion": False},
-    "bias_gradient": {"ROWS": 16, "COLS": 128, "num_warps": 4, "enable_fp_fusion": False},
 }
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FLOOR = tl.constexpr(-1e30)  # stands for -inf in running maxima: differences stay finite, exp of them is 0
@@ -66,22 +65,16 @@ def final_logit(raw, bias, scale, bias_scale, inv_cap, out_scale, HAS_BIAS: tl.c
 
 
 @triton.jit
-def derivative(
-    z, t, hit, m, log_sum, a, b, e, entropy, smooth,
-    HAS_E: tl.constexpr, HAS_S: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """[a p - b 1[hit] - e p (log p + entropy) - smooth] (1 - tanh^2), p = exp((z - m) - log_sum)."""
+def derivative(z, t, hit, m, log_sum, a, e, entropy, HAS_E: tl.constexpr, HAS_CAP: tl.constexpr):
+    """[a p - e p (log p + entropy)] (1 - tanh^2), p = exp((z - m) - log_sum); 0 where `hit`, at the target."""
     log_p = (z - m) - log_sum
     p = tl.exp(log_p)
     d = a * p
     if HAS_E:
         d -= e * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
-    d = tl.where(hit, d - b, d)
-    if HAS_S:
-        d -= smooth
     if HAS_CAP:
         d *= 1.0 - t * t
-    return d
+    return tl.where(hit, 0.0, d)
 
 
 @triton.jit(do_not_specialize=["V", "stride"])
@@ -137,12 +130,11 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=["V", "stride", "out_stride"])
 def dlogits_kernel(
-    logits, target, bias, maximum, log_sum, entropy, a, b, e, s, class_weight, out,
-    V, stride, out_stride, scale, bias_scale, inv_cap, out_scale, slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_E: tl.constexpr, HAS_S: tl.constexpr,
-    HAS_CLASS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, target, bias, maximum, log_sum, entropy, a, e, out,
+    V, stride, out_stride, scale, bias_scale, inv_cap, out_scale,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_E: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What: a block of one row of d/d(h . w). Replaces: sub, exp, mul, scatter_add, tanh', scale and cast.
+    """What: a block of one row of d loss / d z, 0 at the target. Replaces: sub, exp, mul, tanh', scatter and cast.
     Why faster: one read of the logits and one write, in the operand dtype of the gradient GEMMs.
     """
     blocks = tl.cdiv(V, BLOCK)
@@ -156,55 +148,13 @@ def dlogits_kernel(
     if HAS_BIAS:
         c = tl.load(bias + cols, mask=keep, other=0.0).to(tl.float32)
     z, t = final_logit(raw, c, scale, bias_scale, inv_cap, out_scale, HAS_BIAS, HAS_CAP)
-    er, ent, smooth = 0.0, 0.0, 0.0
+    er, ent = 0.0, 0.0
     if HAS_E:
         er, ent = tl.load(e + row), tl.load(entropy + row)
-    if HAS_S:
-        smooth = tl.load(s + row)
-        if HAS_CLASS:
-            smooth *= tl.load(class_weight + cols, mask=keep, other=0.0)
     hit = cols == tl.load(target + row)
-    m, total, ar, br = tl.load(maximum + row), tl.load(log_sum + row), tl.load(a + row), tl.load(b + row)
-    d = derivative(z, t, hit, m, total, ar, br, er, ent, smooth, HAS_E, HAS_S, HAS_CAP)
-    tl.store(out + row * out_stride + cols, rounded(d * slope, out.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["R", "V", "stride"])
-def bias_gradient_kernel(
-    logits, target, bias, maximum, log_sum, entropy, a, b, e, s, class_weight, out,
-    R, V, stride, scale, bias_scale, inv_cap, out_scale, slope,
-    HAS_CAP: tl.constexpr, HAS_E: tl.constexpr, HAS_S: tl.constexpr, HAS_CLASS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """What: d/d bias of a block of columns, summed over all rows. Replaces: a sum over the rounded dlogits.
-    Why: recomputed in fp32 from the raw logits, so that a 16-bit `out` costs the bias gradient nothing.
-    """
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    c = tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    weight = tl.full((COLS,), 1.0, tl.float32)
-    if HAS_CLASS:
-        weight = tl.load(class_weight + cols, mask=cols < V, other=0.0)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, R, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        live = rows < R
-        keep = live[:, None] & (cols < V)[None, :]
-        raw = tl.load(logits + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=keep, other=0.0)
-        z, t = final_logit(raw.to(tl.float32), c, scale, bias_scale, inv_cap, out_scale, True, HAS_CAP)
-        m, ls = tl.load(maximum + rows, mask=live, other=0.0), tl.load(log_sum + rows, mask=live, other=0.0)
-        ar, br = tl.load(a + rows, mask=live, other=0.0), tl.load(b + rows, mask=live, other=0.0)
-        hit = cols[None, :] == tl.load(target + rows, mask=live, other=-1)[:, None]
-        er, ent, smooth = ar, ar, 0.0
-        if HAS_E:
-            er, ent = tl.load(e + rows, mask=live, other=0.0), tl.load(entropy + rows, mask=live, other=0.0)
-        if HAS_S:
-            smooth = tl.load(s + rows, mask=live, other=0.0)[:, None] * weight[None, :]
-        d = derivative(
-            z, t, hit, m[:, None], ls[:, None], ar[:, None], br[:, None], er[:, None], ent[:, None], smooth,
-            HAS_E, HAS_S, HAS_CAP,
-        )  # fmt: skip
-        total += tl.where(keep, d, 0.0)
-    tl.store(out + cols, tl.sum(total, 0) * slope, mask=cols < V)
+    m, total, ar = tl.load(maximum + row), tl.load(log_sum + row), tl.load(a + row)
+    d = derivative(z, t, hit, m, total, ar, er, ent, HAS_E, HAS_CAP)
+    tl.store(out + row * out_stride + cols, rounded(d, out.dtype.element_ty), mask=keep)
 
 
 def scalars(transform: Transform) -> tuple[float, float, float, float]:
@@ -273,56 +223,30 @@ def softmax_stats(
     return RowStats(*new[:3], new[3] if entropy else None)
 
 
-def _row_arguments(logits, target, bias, stats: RowStats, a, b, e, s, class_weight) -> tuple:
-    R, V = logits.shape
-    if e is not None and stats.entropy is None:
-        raise ValueError("e needs stats with an entropy: call softmax_stats(..., entropy=True)")
-    return (
-        per_row("target", target, R, torch.int64), per_row("bias", bias, V),
-        per_row("stats.maximum", stats.maximum, R), per_row("stats.log_sum", stats.log_sum, R),
-        None if e is None else per_row("stats.entropy", stats.entropy, R),
-        per_row("a", a, R), per_row("b", b, R), per_row("e", e, R), per_row("s", s, R),
-        per_row("class_weight", class_weight, V),
-    )  # fmt: skip
-
-
 def dlogits(
     logits: Tensor, target: Tensor, bias: Tensor | None, transform: Transform, stats: RowStats,
-    a: Tensor, b: Tensor, e: Tensor | None, s: Tensor | None, class_weight: Tensor | None, out: Tensor,
+    a: Tensor, e: Tensor | None, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """out (R, V) <- d/d(h . w), rounded to its dtype:
+    """out (R, V) <- [a p - e p (log p + entropy)] (1 - tanh^2 of the cap), 0 at the targets, rounded to its dtype.
 
-    [a p - b 1[v=y] - e p (log p + entropy) - s class_weight] (1 - tanh^2 of the cap) logit_scale / temperature.
-    Arguments as of `softmax_stats`; `stats` what it returned; a, b, e, s (R,); class_weight (V,), 1 when None. `out` is
-    fp32, bf16 or fp16 with adjacent columns and may be `logits` itself. Returns `out`; ValueError for wrong shapes.
+    Arguments as of `softmax_stats`; `stats` what it returned; a, e (R,). `out` is fp32, bf16 or fp16 with adjacent
+    columns and may be `logits` itself. Returns `out`; ValueError for wrong shapes.
     """
     x = unit_rows("logits", logits)
     if unit_rows("out", out) is not out or out.shape != x.shape:
         raise ValueError(f"out {tuple(out.shape)} must be {tuple(x.shape)} with adjacent columns")
-    rows = _row_arguments(x, target, bias, stats, a, b, e, s, class_weight)
-    flags = (bias is not None, transform.softcap is not None, e is not None, s is not None, class_weight is not None)
+    if e is not None and stats.entropy is None:
+        raise ValueError("e needs stats with an entropy: call softmax_stats(..., entropy=True)")
     R, V = x.shape
+    rows = (
+        per_row("target", target, R, torch.int64), per_row("bias", bias, V),
+        per_row("stats.maximum", stats.maximum, R), per_row("stats.log_sum", stats.log_sum, R),
+        None if e is None else per_row("stats.entropy", stats.entropy, R), per_row("a", a, R), per_row("e", e, R),
+    )  # fmt: skip
+    flags = (bias is not None, transform.softcap is not None, e is not None, aligned(V, x, out))
     config = BLOCKS["dlogits"]
     launch(
         dlogits_kernel, (R * triton.cdiv(V, config["BLOCK"]),), x, *rows, out, V, x.stride(0), out.stride(0),
-        *scalars(transform), transform.logit_scale / transform.temperature, *flags, aligned(V, x, out), **config,
-    )  # fmt: skip
-    return out
-
-
-def bias_gradient(
-    logits: Tensor, target: Tensor, bias: Tensor, transform: Transform, stats: RowStats,
-    a: Tensor, b: Tensor, e: Tensor | None, s: Tensor | None, class_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """(V,) fp32: the gradient of `bias`, summed over the rows in fp32 from the raw logits; arguments of `dlogits`."""
-    x = unit_rows("logits", logits)
-    rows = _row_arguments(x, target, bias, stats, a, b, e, s, class_weight)
-    R, V = x.shape
-    out = x.new_zeros(V, dtype=torch.float32)
-    flags = (transform.softcap is not None, e is not None, s is not None, class_weight is not None)
-    config = BLOCKS["bias_gradient"]
-    launch(
-        bias_gradient_kernel, (triton.cdiv(V, config["COLS"]),), x, *rows, out, R, V, x.stride(0),
-        *scalars(transform), 1.0 / transform.temperature, *flags, **config,
+        *scalars(transform), *flags, **config,
     )  # fmt: skip
     return out

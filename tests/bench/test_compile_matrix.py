@@ -14,11 +14,11 @@ from longtrace.trainer.config import Refusal
 pytest.importorskip("triton", reason="triton is not installed: pip install 'longtrace[gpu]'")
 
 ROW = {
-    "kernel": "tile dh", "config": "bf16 narrow, all inputs", "arch": "sm_90", "compiler": "triton 3.9.0", "registers": 200,
+    "kernel": "tile exp", "config": "bf16 aligned, all inputs", "arch": "sm_90", "compiler": "triton 3.9.0", "registers": 200,
     "spills": 0, "shared_bytes": 50_000, "warps": 8, "occupancy": 0.125, "limited_by": "registers",
     "instruction": "wgmma.mma_async", "problem": "", "compile_s": 1.5,
 }  # fmt: skip
-NAME = "tile dh, bf16 narrow, all inputs, sm_90"
+NAME = "tile exp, bf16 aligned, all inputs, sm_90"
 BEFORE = [200, 0, 50_000, 0.125, "wgmma.mma_async"]
 
 

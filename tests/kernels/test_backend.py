@@ -184,6 +184,24 @@ def test_every_op_is_forced_on_a_gpu_too(force, monkeypatch):
     )
 
 
+def test_the_heads_engine_follows_dtype_and_options_on_a_gpu(force, monkeypatch):
+    monkeypatch.setattr(backend, "_choices", {})
+    monkeypatch.setattr(backend, "triton_lacks", lambda device: "")
+    assert head.choose("cuda", BF16).name == head.TRITON_TILES
+    for dtype, smoothed, lacks in (
+        (BF16, True, "the tiles have no label smoothing under a softcap"),
+        (torch.float16, False, "the tiles take bf16"),
+        (F32, False, "the tiles take bf16"),
+    ):
+        _, name, why = head.choose("cuda", dtype, elementwise=smoothed)
+        assert name == head.TRITON_PASSES and why.endswith(f"; {lacks}")
+    assert head.choose("cuda", F64).name == head.PYTORCH
+    monkeypatch.setattr(backend, "_choices", {})
+    monkeypatch.setattr(backend, "triton_lacks", lambda device: "triton is not installed")
+    choice = head.choose("cuda", BF16)
+    assert choice.name == head.PYTORCH and choice.why.count("triton is not installed") == 1
+
+
 def test_a_choice_is_made_once_and_its_reasons_are_kept(force, monkeypatch):
     monkeypatch.setattr(backend, "_choices", {})
     asked = []
@@ -224,10 +242,10 @@ def test_shapes_alone_are_not_forced(force):
 def test_the_plan_follows(force):
     shape = (10_000, 576, 49_152, BF16)
     force("reference")
-    assert K.plan_chunks(*shape) == K.plan_chunks(*shape, tiles=False)
+    assert K.plan_chunks(*shape) == K.plan_chunks(*shape, engine=head.PYTORCH)
     if extension.LOADED:
         force("cpu")
-        assert K.plan_chunks(*shape) == K.plan_chunks(*shape, tiles=True)
+        assert K.plan_chunks(*shape) == K.plan_chunks(*shape, engine=head.CPU_TILES)
 
 
 def test_explain_says_what_was_forced_and_what_is_refused(force, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from longtrace import kernels as K
 from longtrace.kernels import extension
 from longtrace.kernels.head import epilogue, gemm, reference
+from longtrace.kernels.head.backend import CPU_TILES, PYTORCH
 from longtrace.kernels.head.plan import plan_chunks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -374,13 +377,19 @@ def test_fp32_stays_fp32():
 
 
 def test_plan_follows_the_budget_and_not_the_rows(monkeypatch):
-    plan = lambda *args, **kwargs: plan_chunks(*args, tiles=False, **kwargs)  # noqa: E731
+    plan = lambda *args, **kwargs: plan_chunks(*args, engine=PYTORCH, **kwargs)  # noqa: E731
     assert plan(10**6, 576, 49152, torch.bfloat16, 512).rows == 1024  # longer chunks would not pay
     assert plan(10**6, 576, 49152, torch.float64, 256).rows == 512
-    assert plan(10**6, 576, 49152, torch.bfloat16, 256, device="cuda").block == 1280
+    on_cuda = [plan_chunks(10**6, 576, 49152, x, 256, device="cuda").rows for x in (torch.float32, torch.float16)]
+    if importlib.util.find_spec("triton"):
+        assert on_cuda == [1024, 768]  # 4 bytes a logit, and 4 with 2 of its gradient
+        found = plan_chunks(15_360, 1536, 151_936, torch.bfloat16, device="cuda")
+        assert (found.rows, found.block) == (5120, 2560) and found.buffer_bytes == 2 * 5120 * 151_936
+    else:
+        assert on_cuda == [512, 256]
     assert {plan(T, 576, 49152, torch.bfloat16, 256).block for T in (1, 300, 10**5)} == {256}
     assert plan(10, 576, 151_936, torch.bfloat16, 16).rows == 16
-    tiles = plan_chunks(10**6, 576, 151_936, torch.float32, 64, tiles=True)
+    tiles = plan_chunks(10**6, 576, 151_936, torch.float32, 64, engine=CPU_TILES)
     assert (tiles.rows, tiles.block) == (96, 32) and tiles.buffer_bytes <= 64 * 2**20
     assert str(tiles) == "96 rows a chunk, 56 MB of probabilities, dW traffic about 37.5% of the GEMMs"
     assert plan_chunks(0, 8, 0, torch.float32).rows >= 1

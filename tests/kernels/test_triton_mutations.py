@@ -41,7 +41,8 @@ LAUNCHES = "attention/cuda.py"
 PLAIN = "Transform(logit_scale=1.0, softcap=None, temperature=1.0)"
 DERIVATIVE = ("rows", f"dlogits_are_the_derivative {PLAIN}")
 PASSES = ("columns", "column_passes float32 (40, 123)")
-STRIDED = ("tile", "strided_operands float32")
+STRIDED = ("tile", "strided_operands")
+BLOCKWISE = ("tile", f"tiles_no_worse_than_torch {PLAIN} (30, 144, 300)")
 CAUSAL, FULL = ("options", "option causal"), ("options", "option full")
 FAR_ROWS = ("rows", "offsets_past_32_bits")
 FAR_COLUMNS = ("columns", "offsets_past_32_bits_in_columns")
@@ -66,29 +67,30 @@ REST = [
     Fault("missing mask on the last chunk", ROWS, "tl.load(logits + cols, mask=cols < V, other=0.0)", "tl.load(logits + cols)", *DERIVATIVE),
     Fault("missing last chunk", ROWS, "for start in range(0, V, BLOCK):", "for start in range(0, V // BLOCK * BLOCK, BLOCK):", *DERIVATIVE),
     Fault("off-by-one mask", ROWS, "keep = cols < V", "keep = cols <= V", *DERIVATIVE),
-    Fault("off-by-one mask", ROWS, "live = rows < R", "live = rows <= R", *DERIVATIVE),
     Fault("int32 offset", ROWS, "row = (tl.program_id(0) // blocks).to(tl.int64)", "row = tl.program_id(0) // blocks", *FAR_ROWS),
-    Fault("int32 offset", ROWS, "logits + rows.to(tl.int64)[:, None] * stride", "logits + rows[:, None] * stride", *FAR_ROWS),
     Fault("swapped stride", ROWS, "out + row * out_stride + cols", "out + row * stride + cols", "rows", "strides_repeats_and_empty_batches"),
     # columns
+    Fault("swapped stride", COLUMNS, "p + rows.to(tl.int64)[:, None] * stride", "p + rows.to(tl.int64)[:, None] * V", *PASSES),
+    Fault("int32 offset", COLUMNS, "p + rows.to(tl.int64)[:, None] * stride", "p + rows[:, None] * stride", *FAR_COLUMNS),
+    Fault("missing mask on the last chunk", COLUMNS, "mask=keep, other=float", "mask=(rows < R)[:, None], other=float", *PASSES),
+    Fault("a race", COLUMNS, "tl.store(out + row * out_stride + at", "tl.store(out + at", *PASSES),
     Fault("off-by-one mask", COLUMNS, "tl.load(scale + rows, mask=rows < R", "tl.load(scale + rows, mask=rows <= R", *PASSES),
     Fault("off-by-one mask", COLUMNS, "tl.load(columns + at, mask=at < F", "tl.load(columns + at, mask=at <= F", *PASSES),
-    Fault("off-by-one bound", COLUMNS, "end = tl.load(first + j + 1)", "end = tl.load(first + j + 1) - 1", *PASSES),
-    Fault("swapped stride", COLUMNS, "p + rows[:, None] * stride + cols", "p + rows[:, None] * V + cols", *PASSES),
-    Fault("missing mask on the last chunk", COLUMNS, "other=0) != 0\n        total += tl.load", "other=1) != 0\n        total += tl.load", *PASSES),
-    Fault("int32 offset", COLUMNS, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", *FAR_COLUMNS),
     Fault("int32 offset", COLUMNS, "row = (tl.program_id(0) // blocks).to(tl.int64)", "row = tl.program_id(0) // blocks", *FAR_COLUMNS),
-    Fault("a race", COLUMNS, "tl.store(out + j.to(tl.int64) * V + cols", "tl.store(out + cols", *PASSES),
     # tiles
     Fault("off-by-one mask", TILE, "mask=(j < y_rows)[None, :]", "mask=(j <= y_rows)[None, :]", *STRIDED),
-    Fault("off-by-one mask", TILE, "tl.where((cols >= V)[None, :] |", "tl.where((cols > V)[None, :] |", "tile", "hard_biases 10000.0"),
-    Fault("off-by-one mask", TILE, "mask = (i < rows)[:, None]", "mask = (i <= rows)[:, None]", *STRIDED),
-    Fault("int32 offset", TILE, "h += tl.cast(t0, tl.int64) * h_stride\n    begin", "h += t0 * h_stride\n    begin", *FAR_TILES),
-    Fault("int32 offset", TILE, "h += tl.cast(t0, tl.int64) * h_stride\n    out", "h += t0 * h_stride\n    out", *FAR_TILES),
-    Fault("int32 offset", TILE, "w += tl.cast(v0, tl.int64) * w_stride", "w += v0 * w_stride", *FAR_TILES),
-    Fault("int32 offset", TILE, "tile = h + tl.cast(t0, tl.int64) * h_stride", "tile = h + t0 * h_stride", *FAR_TILES),
+    Fault("off-by-one mask", TILE, "tl.where((cols >= V)[None, :] |", "tl.where((cols > V)[None, :] |", "tile", "an_offset_changes_nothing_in_tiles -10000.0"),
+    Fault("off-by-one mask", TILE, "mask=(i < T - t0)[:, None]", "mask=(i <= T - t0)[:, None]", *STRIDED),
+    Fault("the target twice", TILE, "(cols[None, :] == y[:, None]) | (x < FLOOR)", "(x < FLOOR)", *BLOCKWISE),
+    Fault("int32 offset", TILE, "h + tl.cast(t0, tl.int64) * h_stride", "h + t0 * h_stride", *FAR_TILES),
+    Fault("int32 offset", TILE, "w + tl.cast(v0, tl.int64) * w_stride", "w + v0 * w_stride", *FAR_TILES),
+    Fault("int32 offset", TILE, "out + tl.cast(t0, tl.int64) * out_stride", "out + t0 * out_stride", *FAR_TILES),
+    Fault("int32 offset", TILE, "h + rows.to(tl.int64)[:, None] * h_stride", "h + rows[:, None] * h_stride", *FAR_TILES),
     Fault("int32 offset", ROWS, "return x if x.stride(0) < NEAR else x.contiguous()", "return x", "tile", "rows_of_one_tile_past_32_bits"),
-    Fault("reduced precision", TILE, 'tl.dot(x, y, input_precision="ieee")', "tl.dot(x, y)", *STRIDED),
+    Fault("a race", TILE, "at = tl.cast(block, tl.int64) * T + rows", "at = rows", *BLOCKWISE),
+    Fault("missing mask on the last chunk", TILE, "s += tl.load(total + at, mask=keep, other=0.0)", "s += tl.load(total + at, mask=keep, other=1.0)", *BLOCKWISE),
+    Fault("overflow", TILE, "far = (peak > FAR)", "far = (peak > 100 * FAR)", "tile", "one_huge_logit 1000.0"),
+    Fault("reduced precision", TILE, 'left, right, input_precision="ieee"', "left, right", *STRIDED),
     # attention, forward
     Fault("off-by-one mask", FORWARD, "mask=(row < count - first)[:, None], other", "mask=(row <= count - first)[:, None], other", *CAUSAL),
     Fault("missing mask on the last chunk", FORWARD, "    if EDGE:\n        return tl.load(at, mask=(row < count - first)[:, None], other=0.0)\n", "", *FULL),

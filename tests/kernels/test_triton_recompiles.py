@@ -22,7 +22,8 @@ if importlib.util.find_spec("triton") is None:
 from longtrace import kernels
 
 SCRIPT = Path(__file__).with_name("triton_recompiles.py")
-ROWS, COLUMNS, FORWARD = "head/triton_rows.py", "head/triton_columns.py", "attention/triton_forward.py"
+ROWS, COLUMNS, TILE = "head/triton_rows.py", "head/triton_columns.py", "head/triton_tile.py"
+FORWARD = "attention/triton_forward.py"
 
 
 def counts(path: Path | None = None, start: str = "") -> dict[str, dict[str, int]]:
@@ -67,8 +68,8 @@ FAULTS = {
         "weighted_nll",
         "triton_rows.stats_kernel",
     ),
-    "a whole number for a real one": (ROWS, "return float(transform.logit_scale)", "return transform.logit_scale", "tiles", "triton_tile.dh_kernel"),
-    "rows specialised": (ROWS, '@triton.jit(do_not_specialize=["R", "V", "stride"])', "@triton.jit", "row_passes", "triton_rows.bias_gradient_kernel"),
+    "a whole number for a real one": (ROWS, "return float(transform.logit_scale)", "return transform.logit_scale", "tiles", "triton_tile.exp_kernel"),
+    "tokens specialised": (TILE, '@triton.jit(do_not_specialize=["T", "blocks"])', "@triton.jit", "tiles", "triton_tile.sums_kernel"),
     "kept columns specialised": (COLUMNS, 'do_not_specialize=["F", "stride", "out_stride"]', 'do_not_specialize=["stride"]', "column_passes", "triton_columns.compact_kernel"),
     "documents specialised": (FORWARD, '    "documents", "steps", "T"', '    "T"', "packed_attention", "triton_forward.forward_kernel"),
 }  # fmt: skip
