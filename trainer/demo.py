@@ -320,7 +320,7 @@ def _hold_to(recipe: Recipe, summary: dict) -> None:
 _NAMES = {
     "untrained": "untrained",
     "control": "trained on answers only",
-    "sft": "trained on careless traces",
+    "sft": "trained on traces",
     "rl": "and rewarded for right answers",
 }
 

@@ -19,7 +19,7 @@ def check_what_is_left(out, capsys):
         assert 0 <= low <= summary[f"solved_rate_{name}"] <= high <= 1
     assert summary["seconds"] > summary["train_seconds"] > 0 and summary["tokens_per_s"] > 0
     page = (out / "report.html").read_text()
-    assert "Trained on careless traces" in page and f"{100 * summary['solved_rate_rl']:.1f} %" in page
+    assert "Trained on traces" in page and f"{100 * summary['solved_rate_rl']:.1f} %" in page
     assert (out / "rl" / "model.safetensors").is_file() and (out / "control" / "metrics.jsonl").is_file()
     printed = " ".join(capsys.readouterr().out.split())
     assert summary["evaluate"] in printed and "trained on answers only" in printed
