@@ -167,14 +167,14 @@ def _config(job: dict, **more):
 
 
 def generate_ours(job: dict) -> dict:
-    import torch
 
     from longtrace.trainer.model import load_model
     from longtrace.trainer.rollout import Engine, Sampling
 
     floor = harness.peak_bytes()
     model = load_model(_config(job))
-    model.hf.to(torch.bfloat16)
+    for parameter in model.hf.parameters():
+        parameter.data = parameter.data.bfloat16()
     engine = Engine.of(model, GROUP * len(job["prompts"]))
     seconds, written = [], []
     for turn in range(job["steps"]):

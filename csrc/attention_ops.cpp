@@ -94,6 +94,7 @@ Tensor attention_decode(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts_q, const Tensor& starts_k, double scale, double softcap,
     int64_t left, const std::optional<Tensor>& sinks) {
   const Dtype dtype = dtype_of(q, "q");
+  STD_TORCH_CHECK(dtype == Dtype::fp32 || dtype == Dtype::bf16, "q must be fp32 or bf16");
   for (const Tensor* x : {&q, &k, &v})
     STD_TORCH_CHECK(
         x->dim() == 3 && x->is_contiguous() && x->scalar_type() == q.scalar_type() && x->size(2) <= 256,

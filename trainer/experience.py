@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import re
 import time
@@ -87,11 +88,14 @@ class Group:
     @property
     def mixed(self) -> bool:
         scored = self.rewards[np.isfinite(self.rewards)]
-        return len(scored) > 1 and scored.max() > scored.min()
+        return len(scored) > 1 and bool(scored.max() > scored.min())
 
 
 Score = Callable[[Sequence[Prompt], Sequence[Completion]], tuple[np.ndarray, dict[str, np.ndarray]]]
 """(rewards (n,), each part (n,)) of completions and their prompts; NaN where one cannot be scored."""
+
+
+POSITION = ("epoch", "cursor", "rollouts", "steps", "reset_at")
 
 
 class RolloutSource:
@@ -100,11 +104,12 @@ class RolloutSource:
     def __init__(self, config, model: Model, engine, prompts: list[Prompt], score: Score):
         self.config, self.model, self.engine, self.prompts, self.score = config, model, engine, prompts, score
         self.tokens_per_row = config.tokens_per_row
-        self.epoch = self.cursor = self.rollouts = self.steps = 0
+        self.epoch = self.cursor = self.rollouts = self.steps = self.reset_at = 0
         self.buffer: list[Step] = []
         self.metrics: dict[str, float] = {}
         self.samples: MetricsLog | None = None  # where a few completions of every rollout go
         self.reference = _frozen_copy(model, DTYPES[config.dtype]) if config.beta and not model.lora else None
+        self.generate_seconds = self.score_seconds = 0.0  # of the last rollout
         self._shuffle()
 
     # ---- the loop's side ------------------------------------------------------------------------------------------
@@ -132,10 +137,11 @@ class RolloutSource:
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(np.asarray([len(prompt.tokens), *prompt.tokens], dtype="<i8").tobytes())
+            digest.update(json.dumps([prompt.row.answer, prompt.row.raw.get("tests")], default=str).encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict:
-        position = {"epoch": self.epoch, "cursor": self.cursor, "rollouts": self.rollouts, "steps": self.steps}
+        position = {name: getattr(self, name) for name in POSITION} | {"run": self._run}
         return position | {"data": self.fingerprint, "buffer": [step.plain for step in self.buffer]}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -148,16 +154,26 @@ class RolloutSource:
                 "the prompts changed since the checkpoint was saved; resume with the same --data, --template and tokenizer, "
                 "or start a new run with another --out"
             )
+        for name, value in self._run.items():
+            if state["run"][name] != value:
+                raise Refusal(
+                    f"{name} differs from the checkpoint's ({state['run'][name]}, now {value}): pass the same"
+                )
         held = self.tensors()
-        if held.keys() != tensors.keys():
-            raise Refusal("the checkpoint and this run differ in whether there is a reference model; same --beta?")
+        if {name: tensor.shape for name, tensor in held.items()} != {name: x.shape for name, x in tensors.items()}:
+            raise Refusal("the checkpoint's reference model is another than this run's; same --model and --beta?")
         with torch.no_grad():
             for name, tensor in held.items():
                 tensor.copy_(tensors[name])
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self.rollouts, self.steps = state["rollouts"], state["steps"]
+        for name in POSITION:
+            setattr(self, name, state[name])
         self.buffer = [Step([_experience(e) for e in s["experiences"]], s["counted"]) for s in state["buffer"]]
         self._shuffle()
+
+    @property
+    def _run(self) -> dict:
+        """What a place in the data, and a buffer, mean nothing without."""
+        return {"--seed": self.config.seed, "a reference (--beta)": bool(self.config.beta)}
 
     # ---- a rollout ------------------------------------------------------------------------------------------------
 
@@ -176,31 +192,26 @@ class RolloutSource:
 
     def _roll_out(self, say: Callable[[str], None]) -> list[Step]:
         config = self.config
-        if (
-            self.reference is not None
-            and config.reference_reset
-            and self.steps
-            and self.steps % config.reference_reset == 0
-        ):
+        if self.reference is not None and 0 < config.reference_reset <= self.steps - self.reset_at:
+            self.reset_at = self.steps
             with torch.no_grad():
                 for kept, now in zip(self.reference.parameters(), self.model.base.parameters()):
                     kept.copy_(now)
-        began, written, groups = time.perf_counter(), 0, []
+        groups: list[Group] = []
+        self.generate_seconds = self.score_seconds = 0.0
         for attempt in range(1 + config.resample):
             missing = config.prompts_per_rollout - sum(g.mixed for g in groups)
             if attempt and not missing:
                 break
-            fresh = self._generate(self._take(missing if attempt else config.prompts_per_rollout), attempt, say)
-            written += sum(len(c.tokens) for g in fresh for c in g.completions)
-            groups += fresh
-        seconds = time.perf_counter() - began
+            groups += self._generate(self._take(missing if attempt else config.prompts_per_rollout), attempt, say)
+        self._tell(groups)
         if config.resample:  # the batch is full of mixed groups, where there were enough of them
             spare = [g for g in groups if not g.mixed]
             groups = [g for g in groups if g.mixed]
             groups += spare[: config.prompts_per_rollout - len(groups)]
+            np.random.default_rng((config.seed, self.rollouts)).shuffle(groups)  # the spare ones not all in one step
         experiences, counted = self._advantages(groups)
         self.rollouts += 1
-        self._tell(groups, written, seconds)
         kept = [e for group in experiences for e in group]
         if config.steps_per_rollout > 1 or config.importance_cap:
             for e, values in zip(kept, self.log_probs(kept)):
@@ -217,22 +228,19 @@ class RolloutSource:
     def _generate(self, numbers: list[int], attempt: int, say: Callable[[str], None]) -> list[Group]:
         config = self.config
         prompts = [self.prompts[n] for n in numbers]
-        ended = tokens = 0
-
-        def progress(completion: Completion) -> None:
-            nonlocal ended, tokens
-            ended, tokens = ended + 1, tokens + len(completion.tokens)
-            say(f"rollout: {ended} of {len(prompts) * config.group_size} completions, {tokens:,} tokens")
-
+        began, wanted = time.perf_counter(), len(prompts) * config.group_size
         done = self.engine.generate(
             [p.tokens for p in prompts],
             sampling_of(config),
             samples=config.group_size,
             seed=(config.seed, self.rollouts, attempt),
-            progress=progress,
+            progress=lambda ended, tokens: say(f"rollout: {ended} of {wanted} completions, {tokens:,} tokens"),
         )
+        scoring = time.perf_counter()
+        self.generate_seconds += scoring - began
         flat = [(p, c) for p, group in zip(prompts, done) for c in group]
         rewards, parts = self.score([p for p, _ in flat], [c for _, c in flat])
+        self.score_seconds += time.perf_counter() - scoring
         rewards = cut_off_rewards(rewards, np.array([not c.finished for _, c in flat]), config.cut_off)
         n = config.group_size
         return [
@@ -250,10 +258,10 @@ class RolloutSource:
             scale="none" if config.scale_rewards == "none" else "group_std",
             baseline=config.baseline,
         )
-        values, flat = found.values.tolist(), found.degenerate.tolist()
-        needed = bool(config.beta or config.entropy_bonus)  # then a group without advantages still has a gradient
+        values = found.values.tolist()
+        needed = bool(config.beta or config.entropy_bonus)  # then an advantage of 0 still has a gradient
         experiences, counted = [], []
-        for group, start, degenerate in zip(groups, offsets, flat):
+        for group, start in zip(groups, offsets):
             masked = np.isnan(group.rewards)
             counted.append([len(c.tokens) for c, out in zip(group.completions, masked) if not out])
             experiences.append(
@@ -266,7 +274,7 @@ class RolloutSource:
                         np.asarray(c.log_probs, dtype=np.float32),
                     )
                     for i, c in enumerate(group.completions)
-                    if not masked[i] and (needed or not degenerate)
+                    if not masked[i] and (needed or values[start + i] != 0)
                 ]
             )
         return experiences, counted
@@ -326,11 +334,11 @@ class RolloutSource:
 
     # ---- what there is to say ---------------------------------------------------------------------------------------
 
-    def _tell(self, groups: list[Group], written: int, seconds: float) -> None:
+    def _tell(self, groups: list[Group]) -> None:
         completions = [c for g in groups for c in g.completions]
         rewards = np.concatenate([g.rewards for g in groups])
         lengths = np.array([len(c.tokens) for c in completions])
-        constant = [g for g in groups if not g.mixed]
+        constant = [g for g in groups if not g.mixed and np.isfinite(g.rewards).any()]
         right = [g for g in constant if np.nanmax(g.rewards, initial=-math.inf) > 0]
         texts = [self.model.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
         words = sum(len(text.split()) for text in texts)
@@ -339,13 +347,14 @@ class RolloutSource:
             "reward_std": float(np.nanstd(rewards)) if np.isfinite(rewards).any() else 0.0,
             "groups_all_right": len(right),
             "groups_all_wrong": len(constant) - len(right),
-            "groups_mixed": len(groups) - len(constant),
+            "groups_mixed": sum(g.mixed for g in groups),
             "completion_tokens": float(lengths.mean()),
             "cut_off": float(np.mean([not c.finished for c in completions])),
             "reflections": 1000 * sum(len(REFLECTION.findall(text)) for text in texts) / max(words, 1),
-            "generated": written,
-            "generate_seconds": seconds,
-            "generate_tok_per_sec": written / seconds,
+            "generated": int(lengths.sum()),
+            "generate_seconds": self.generate_seconds,
+            "generate_tok_per_sec": float(lengths.sum()) / self.generate_seconds if self.generate_seconds else None,
+            "score_seconds": self.score_seconds,
         }
         for name in groups[0].parts:
             told[f"reward_{name}"] = _mean(np.concatenate([g.parts[name] for g in groups]))
@@ -426,7 +435,11 @@ def _experience(plain: dict) -> Experience:
 
 def _frozen_copy(model: Model, dtype: torch.dtype):
     """The model as it is now, in the compute dtype, without gradients."""
-    reference = copy.deepcopy(model.hf).to(dtype).requires_grad_(False)
+    reference = copy.deepcopy(model.hf).requires_grad_(False)
+    for (
+        parameter
+    ) in reference.parameters():  # not `.to(dtype)`: it would round rotary frequencies, which the policy keeps
+        parameter.data = parameter.data.to(dtype)
     return reference.eval()
 
 

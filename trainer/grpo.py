@@ -35,7 +35,8 @@ from .train import RunResult, resolve, run
 
 console = Console()
 
-EVALUATION = 2**32  # stands where training has the number of a rollout
+RIGHT = "\0right"  # stands for every right answer in a vote; none is written so
+EVALUATION = 2**32 - 1  # stands where training has the number of a rollout
 
 
 @dataclass(kw_only=True)
@@ -113,7 +114,7 @@ class GRPOConfig(TrainConfig):
 RANGES = {
     "eval_limit": 0, "eval_samples": 1, "prompts_per_rollout": 1, "group_size": 1, "steps_per_rollout": 1,
     "resample": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "slots": 1,
-    "clip_low": 0, "clip_high": 0, "clip_ratio": 0, "beta": 0, "reference_reset": 0, "importance_cap": 0,
+    "clip_low": 0, "clip_high": 0, "clip_ratio": 0, "beta": 0, "reference_reset": 0, "importance_cap": 0, "entropy_bonus": 0,
 }  # fmt: skip
 
 
@@ -125,6 +126,14 @@ def check(config: GRPOConfig) -> GRPOConfig:
             raise Refusal(f"--{name.replace('_', '-')} {value}: accepted: {low} or more")
     if not 0 < config.top_p <= 1:
         raise Refusal(f"--top-p {config.top_p}: accepted: above 0, up to 1")
+    if config.group_size == 1 and not (config.beta or config.entropy_bonus):
+        raise Refusal(
+            "--group-size 1: a group of one has no advantage, and nothing would be learned; accepted: 2 or more"
+        )
+    if 0 < config.clip_ratio <= 1 + config.clip_high:
+        raise Refusal(f"--clip-ratio {config.clip_ratio}: accepted: above 1 + --clip-high, or 0 for none")
+    if "" in config.stop:
+        raise Refusal("--stop: found an empty string, which ends everything; accepted: text")
     if config.temperature == 0:
         raise Refusal("--temperature 0: a group's completions would all be the same; accepted: above 0")
     if config.tokens_per_step:
@@ -269,16 +278,16 @@ def evaluate(engine: Engine, prompts: list[Prompt], config: GRPOConfig) -> dict[
     done = engine.generate([p.tokens for p in prompts], sampling_of(config), samples=k, seed=(config.seed, EVALUATION))
     completions = as_scored(engine.tokenizer, [p for p in prompts for _ in range(k)], [c for g in done for c in g])
     right = np.array([verdict == 1 for verdict in verdicts(completions)]).reshape(-1, k)
-    answers = [final_answer(c.text, c.thinking) for c in completions]
+    answers = [final_answer(c.text, c.thinking) if c.finished else None for c in completions]
     votes = [
-        ["right" if ok else answer for ok, answer in zip(row, answers[i * k : (i + 1) * k])]
+        [RIGHT if ok else answer for ok, answer in zip(row, answers[i * k : (i + 1) * k])]
         for i, row in enumerate(right)
     ]
     return {
         "eval_error": 1 - float(right.mean()),
         "eval_pass@1": float(right.mean()),
         f"eval_pass@{k}": float(np.mean([pass_at_k(k, int(n), k) for n in right.sum(1)])),
-        f"eval_cons@{k}": float(np.mean([cons_at_k(v, "right", k) for v in votes])),
+        f"eval_cons@{k}": float(np.mean([cons_at_k(v, RIGHT, k) for v in votes])),
         "eval_tokens": float(np.mean([c.tokens for c in completions])),
         "eval_cut_off": float(np.mean([not c.finished for c in completions])),
     }
@@ -292,6 +301,8 @@ def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate
     grid.add_column(style="bold")
     grid.add_column()
     grid.add_row("model", f"{model.source}: {estimate.parameters:,} parameters, {estimate.trained:,} trained")
+    if model.rope:
+        grid.add_row("context", model.rope)
     completions = config.prompts_per_rollout * config.group_size
     grid.add_row(
         "rollouts",
@@ -310,7 +321,7 @@ def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate
     parts = {"training": m.peak, "key-value cache": cache, "reference": reference}
     grid.add_row(
         "memory",
-        f"at most {plan.size_text(m.peak + cache + reference)}: "
+        f"about {plan.size_text(m.peak + cache + reference)}: "
         + ", ".join(f"{name} {plan.size_text(part)}" for name, part in parts.items() if part),
     )
     how = "on" if estimate.checkpointing else "off"

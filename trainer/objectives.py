@@ -7,6 +7,7 @@ sums the counts over all micro-batches before the first backward, so batch x acc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -93,12 +94,12 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     clip_ratio: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per-token losses (N,), log-ratios (N,) and whether the clip acted (N,), all over target tokens.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-token losses (N,), log-ratios (N,), and where a bound on the ratio acted from above and below (N,) bool each.
 
     With w = exp(log_prob - old_log_prob) and A the advantage: grpo, dr_grpo and dapo take -min(w A, clip(w) A), clip to
     [1 - clip_low, 1 + clip_high]; gspo the same with w = exp of the completion's mean log-ratio; cispo
-    -min(w, 1 + clip_high) A log_prob with the weight detached. clip_ratio > 0 bounds w where A < 0 (two-sided clip).
+    -min(w, 1 + clip_high) A log_prob with the weight detached. clip_ratio > 1 + clip_high bounds w where A < 0 (two-sided clip; 0 = off).
     Log-ratios are held to +-20, so that no single token makes the step infinite.
     Sources: Shao et al. 2024 (GRPO), arXiv:2402.03300; Liu et al. 2025 (Dr. GRPO), 2503.20783; Yu et al. 2025 (DAPO),
     2503.14476; Zheng et al. 2025 (GSPO), 2507.18071; MiniMax 2025 (CISPO), 2506.13585; INTELLECT-2 (two-sided), 2505.07291.
@@ -109,13 +110,16 @@ def policy_loss(
         sums = log_ratio.new_zeros(completions).index_add(0, sequence, log_ratio)
         log_ratio = (sums / torch.bincount(sequence, minlength=completions).clamp(min=1))[sequence]
     ratio = log_ratio.exp()
+    above, up, down = ratio.detach() > 1 + clip_high, advantage > 0, advantage < 0
     if loss == "cispo":
         held = ratio.detach().clamp(max=1 + clip_high)
-        return -held * advantage * log_prob, log_ratio, ratio.detach() > 1 + clip_high
+        return -held * advantage * log_prob, log_ratio, above & (up | down), torch.zeros_like(above)
+    far = ratio.detach() > (clip_ratio or math.inf)
+    below = ratio.detach() < 1 - clip_low
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     if clip_ratio:
         ratio = torch.where(advantage < 0, ratio.clamp(max=clip_ratio), ratio)
-    return -torch.minimum(ratio * advantage, clipped), log_ratio, clipped < ratio * advantage
+    return -torch.minimum(ratio * advantage, clipped), log_ratio, (up & above) | (down & far), down & below
 
 
 def divergence(kind: Divergence, log_prob: torch.Tensor, ref_log_prob: torch.Tensor, log_ratio: torch.Tensor):
@@ -178,15 +182,14 @@ class PolicyGradient:
         rows = K.linear_log_prob(hidden, head.weight, target, **options)
         log_prob = rows.log_prob
         old = log_prob.detach() if on_policy else batch.old_log_prob
-        value, log_ratio, acted = policy_loss(
+        value, log_ratio, above, below = policy_loss(
             self.loss, log_prob, old, batch.advantage, batch.sequence,
             clip_low=self.clip_low, clip_high=self.clip_high, clip_ratio=self.clip_ratio,
         )  # fmt: skip
-        up = batch.advantage > 0
         metrics = {
             "entropy": rows.entropy.sum(),
-            "clip_high": (acted & up).sum(),
-            "clip_low": (acted & ~up).sum(),
+            "clip_high": above.sum(),
+            "clip_low": below.sum(),
             "ratio": log_ratio.detach().exp().sum(),
         }
         if self.importance_cap:

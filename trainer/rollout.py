@@ -2,7 +2,7 @@
 
 A fixed number of slots decode together; one that ends takes the next completion in line. Every completion draws from a
 random stream of its own (Philox, keyed by seed and number), so what it says depends neither on its slot nor on who
-decodes beside it. Attention is `varlen_attention` over the slots' caches: one query a slot, no padding, no mask.
+decodes beside it, but for the rounding of matrix products, which may differ with the number of rows. Attention is `varlen_attention` over the slots' caches: one query a slot, no padding, no mask.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from longtrace import kernels as K
 from longtrace.kernels.head.gemm import HeadGemm
 
 from .config import Refusal
 from .model import Model, head_of
 
 HEAD_ROWS = 8  # the head multiplies this many rows a call, so that a row's logits do not depend on how many there are
+PREFILL = 16_384  # prompt tokens computed in one row, but for a longer prompt
 BLOCK = 256  # probabilities summed at once when one is drawn
 
 
@@ -87,7 +89,7 @@ class SlotCache(Cache):
 
     def prompt(self, start: int, end: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """The prefilled tokens [start, end) of every layer."""
-        return {layer: (k[start:end], v[start:end]) for layer, (k, v) in self.prefilled.items()}
+        return {layer: (k[start:end].clone(), v[start:end].clone()) for layer, (k, v) in self.prefilled.items()}
 
     def fill(self, slot: int, prompt: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copies a prompt into the slot's first tokens."""
@@ -139,11 +141,12 @@ class Engine:
         *,
         samples: int = 1,
         seed: Sequence[int] = (0,),
-        progress: Callable[[Completion], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt (token ids), in order.
 
-        seed: integers; completion n of prompt g draws from Philox(seed, g, n). progress(completion) is called as they end. Raises Refusal for an empty prompt, or prompt and completion beyond the model's context.
+        seed: integers; completion n of prompt g draws from Philox(seed, g, n). progress(completions ended, tokens written) is called at every
+        step, and may raise. Raises Refusal for an empty prompt, or prompt and completion beyond the model's context.
         """
         if not prompts:
             return []
@@ -180,6 +183,7 @@ class _Run:
         self.cache = SlotCache(slots, longest + sampling.max_new_tokens)
         self.free = list(range(slots))[::-1]
         self.active: list[_Sample] = []
+        self.ended = self.written = 0  # completions, tokens
         self.head = head_of(self.model)
         self.gemm = HeadGemm(self.head.weight, HEAD_ROWS)
         self.bias = None if self.head.bias is None else self.head.bias.to(self.gemm.accumulate)
@@ -191,14 +195,17 @@ class _Run:
                 self._admit()
             if self.active:
                 self._step()
+            if self.progress:
+                self.progress(self.ended, self.written)
         return [[sample.done for sample in group] for group in self.groups]
 
     def _admit(self) -> None:
         """Next in line into the free slots; prompts not seen yet are computed together, as one packed row."""
         coming = [self.waiting.popleft() for _ in range(min(len(self.free), len(self.waiting)))]
         new = [g for g in dict.fromkeys(s.group for s in coming) if g not in self.prompt_of]
-        if new:
-            self._prefill(new)
+        longest = max((len(self.prompts[g]) for g in new), default=0)
+        for row in K.pack([len(self.prompts[g]) for g in new], max(longest, PREFILL)):
+            self._prefill([new[i] for i in row])
         for sample in coming:
             sample.slot = self.free.pop()
             sample.length = len(self.prompts[sample.group])
@@ -278,8 +285,7 @@ class _Run:
         for sample in ended:
             self.free.append(sample.slot)
             self.active.remove(sample)
-            if self.progress:
-                self.progress(sample.done)
+        self.ended, self.written = self.ended + len(ended), self.written + len(samples)
 
     def _stopped(self, tokens: list[int]) -> bool:
         if not self.sampling.stop:

@@ -42,7 +42,7 @@ class Source(Protocol):
     """Where steps come from: packed rows of a file, or rollouts of the model itself."""
 
     def next(self, say: Callable[[str], None]) -> list[PackedBatch]:
-        """The micro-batches of one optimizer step; `say` shows what takes long."""
+        """The micro-batches of one optimizer step; `say` shows what takes long, and raises Stopped after a signal."""
 
     def steps_left(self) -> int:
         """Steps until the source ends; asked only when the number of steps is not given."""
@@ -61,6 +61,10 @@ class Source(Protocol):
 
 class NonFinite(RuntimeError):
     """Loss or gradients are not finite; the weights were not touched."""
+
+
+class Stopped(Exception):
+    """A signal came while a source was at work."""
 
 
 @dataclass
@@ -264,6 +268,12 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
     ):
         closing.callback(track.finish)
         task = bar.add_task("train", total=steps, completed=step, line="")
+
+        def say(text: str) -> None:
+            if stop:
+                raise Stopped
+            bar.update(task, line=text)
+
         while step < steps and not stopped_early:
             boundary = state()
             tick = time.perf_counter()
@@ -271,7 +281,13 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
             set_lr(optimizer, lr)
 
             # ---- forward and backward, micro-batch by micro-batch; the count is known before the first ---------------
-            batches = source.next(lambda text: bar.update(task, line=text))
+            try:
+                batches = source.next(say)
+            except Stopped:
+                batches = []
+            if stop:
+                save(boundary)
+                raise SystemExit(stop[0])
             count = sum(objective.count(batch) for batch in batches)
             loss_sum, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
             for batch in batches:

@@ -1,8 +1,8 @@
 """Does reinforcement learning teach, or does anything that goes on? Curves of three seeds beside two controls.
 
 From one cold start (traces of a teacher who errs in 15 % of the steps), for each seed: GRPO; GRPO whose rewards are dealt to
-the wrong completions (same rewards, no information); and more fine-tuning on the teacher's traces, as many tokens as GRPO
-trained on. Held-out pass@1 at temperature 1, on problems that none of them has seen.
+the wrong completions (same rewards, no information); and more fine-tuning on the teacher's traces, about as many tokens as GRPO
+trained on, at the same peak rate. Held-out pass@1 at temperature 1, on problems that none of them has seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from longtrace.trainer import demo, grpo, tasks, train
 from longtrace.trainer.config import Refusal, SFTConfig
-from longtrace.trainer.evaluate import wilson
 from longtrace.trainer.model import load_model
 from longtrace.trainer.rollout import Engine
 
@@ -78,10 +77,10 @@ def bench(config: BenchConfig) -> None:
         ),
         _check(
             config.quick or by_arm["grpo"]["low"] > by_arm["sft"]["high"],
-            f"GRPO's interval lies above more fine-tuning's ({by_arm['sft']['pass_at_1']:.3f})",
+            f"GRPO's worst seed is above the best of more fine-tuning ({by_arm['sft']['high']:.3f})",
         ),
     ]
-    columns = {"impl": "", "pass_at_1": "pass@1", "low": "95 % from", "high": "to", "seeds": "seeds"}
+    columns = {"impl": "", "pass_at_1": "pass@1", "low": "worst seed", "high": "best seed", "seeds": "seeds"}
     harness.print_table(
         "Held-out pass@1 at temperature 1", columns, rows, dict.fromkeys(("pass_at_1", "low", "high"), ".3f")
     )
@@ -146,9 +145,7 @@ def _rate(recipe, folder: Path) -> float:
 
 def _row(arm: str, curves: list[list[tuple[int, float]]], start: float, steps: int) -> dict:
     final = [curve[-1][1] for curve in curves]
-    trials = len(final) * HELD_OUT * SAMPLES
-    low, high = wilson(round(float(np.mean(final)) * trials), trials)
-    return {"impl": arm, "pass_at_1": float(np.mean(final)), "low": low, "high": high, "start": start, "steps": steps,
+    return {"impl": arm, "pass_at_1": float(np.mean(final)), "low": min(final), "high": max(final), "start": start, "steps": steps,
             "seeds": ", ".join(f"{value:.3f}" for value in final)}  # fmt: skip
 
 

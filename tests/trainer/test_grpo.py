@@ -12,7 +12,7 @@ from longtrace.trainer.config import Refusal
 from longtrace.trainer.evaluate import cons_at_k, pass_at_k
 from longtrace.trainer.experience import Group, Prompt, RolloutSource
 from longtrace.trainer.grpo import GRPOConfig
-from longtrace.trainer.model import load_model
+from longtrace.trainer.model import Masters, load_model
 from longtrace.trainer.objectives import PolicyGradient, token_weights
 from longtrace.trainer.rollout import Completion, Engine
 from longtrace.trainer.rows import Row
@@ -72,7 +72,7 @@ def test_more_of_what_is_rewarded(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"steps_per_rollout": 2, "beta": 0.05, "reference_reset": 3}], ids=["one", "two"]
+    "options", [{}, {"steps_per_rollout": 2, "beta": 0.05, "reference_reset": 2}], ids=["one", "two"]
 )
 def test_resuming_is_exact(options, tiny_model, tmp_path):
     """Stopped after step 3 of 5, in the middle of a rollout with two steps each: the same bits at the end."""
@@ -126,6 +126,77 @@ def test_degenerate_groups_leave_and_change_nothing(loss, tiny_model, tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_the_reference_follows_every_so_many_steps(tiny_model, tmp_path):
+    """Three steps a rollout, a reset after two: at the first rollout that begins two steps or more after the last."""
+    config = grpo.check(config_of(tiny_model(), tmp_path / "out", beta=0.1, reference_reset=2, steps_per_rollout=3))
+    model = load_model(config)
+    prompts = grpo.read_prompts(config.data, model, config)
+    source = RolloutSource(config, model, Engine.of(model, 16), prompts, lambda asked, done: (np.arange(16.0), {}))
+    seen = []
+    for _ in range(7):
+        source.next()
+        kept, now = (next(iter(m.parameters())).detach() for m in (source.reference, model.base))
+        seen.append(torch.equal(kept, now))
+        with torch.no_grad():
+            next(iter(model.base.parameters())).add_(0.01)
+    assert seen == [True, False, False, True, False, False, True]
+
+
+def test_resampling_fills_the_batch_and_tells_of_everything(tiny_model, tmp_path):
+    """Groups with equal rewards give way to other prompts', but the numbers are those of all that was written."""
+    config = grpo.check(config_of(tiny_model(), tmp_path / "out", resample=3, steps_per_rollout=2))
+    model = load_model(config)
+    prompts = grpo.read_prompts(config.data, model, config)
+    calls = []
+
+    def score(asked, done):  # the first round: one group of four is mixed
+        calls.append(len(done))
+        rewards = np.ones(len(done))
+        rewards[0 if len(calls) == 1 else slice(None, None, 2)] = 0
+        return rewards, {"accuracy": rewards}
+
+    source = RolloutSource(config, model, Engine.of(model, 16), prompts, score)
+    batches = source.next() + source.next()
+    assert calls == [16, 12] and sum(len(b.documents) for b in batches) == 16
+    assert source.rollouts == 1 and source.next() and source.metrics["groups_mixed"] == 4
+    told = RolloutSource(config, model, Engine.of(model, 16), prompts, score)
+    calls.clear()
+    told.next()
+    assert told.metrics["groups_all_right"] == 3 and told.metrics["groups_mixed"] == 4
+    assert told.metrics["reward"] == pytest.approx((15 + 6) / 28)
+
+
+def test_a_signal_stops_a_rollout(tiny_model, tmp_path, monkeypatch):
+    """SIGTERM while completions are written: exit 143, a checkpoint of the last whole step, and an exact resume."""
+    import os
+    import signal
+
+    whole = grpo.grpo(config_of(tiny_model(), tmp_path / "whole"))
+    out, step = tmp_path / "part", RolloutSource.next
+
+    def killed(self, say):
+        if self.steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, say)
+
+    monkeypatch.setattr(RolloutSource, "next", killed)
+    with pytest.raises(SystemExit) as ended:
+        grpo.grpo(config_of(tiny_model(), out))
+    assert ended.value.code == 143 and checkpoint.latest(out / "checkpoints").name == "step-00000002"
+    monkeypatch.setattr(RolloutSource, "next", step)
+    again = grpo.grpo(config_of(tiny_model(), out, resume="auto"))
+    assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_lora_takes_the_model_without_adapters_as_reference(tiny_model, tmp_path):
+    pytest.importorskip("peft")
+    result = grpo.grpo(config_of(tiny_model(), tmp_path / "run", lora_rank=2, beta=0.1, steps=2, lr=0.05))
+    first, second = (row["kl"] for row in result.metrics)
+    assert abs(first) < 1e-6 < second
+
+
 def test_a_step_without_a_gradient_is_a_step(tiny_model, tmp_path):
     source, _ = source_of(tiny_model, tmp_path, [[1, 1], [0, 0]])
     assert source.next() == [] and source.steps == 1
@@ -141,11 +212,11 @@ def test_masked_completions_leave_the_denominators(tiny_model, tmp_path):
 def test_the_first_update_has_ratio_one_and_no_divergence(tiny_model, tmp_path):
     config = grpo.check(config_of(tiny_model(), tmp_path / "out", beta=0.1, dtype="bf16", steps_per_rollout=2))
     model = load_model(config)
-    model.hf.to(torch.bfloat16)
     source = RolloutSource(
         config, model, Engine.of(model, 16), grpo.read_prompts(config.data, model, config),
         lambda asked, done: (np.array([float(len(c.tokens) % 5) + c.tokens[0] % 3 for c in done]), {}),
     )  # fmt: skip
+    Masters(model, torch.bfloat16)  # as the loop does, after the source has taken its reference
     objective = PolicyGradient(beta=0.1)
     targets = ratios = kl = 0.0
     for batch in source.next():
@@ -172,6 +243,10 @@ def test_token_weights_are_the_papers_normalisers():
         ({"temperature": 0.0}, "--temperature 0"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"group_size": 0}, "--group-size 0"),
+        ({"group_size": 1}, "--group-size 1"),
+        ({"clip_ratio": 1.1}, "--clip-ratio 1.1"),
+        ({"entropy_bonus": math.nan}, "--entropy-bonus nan"),
+        ({"stop": [""]}, "--stop"),
         ({"steps_per_rollout": 5}, "--steps-per-rollout 5"),
         ({"max_new_tokens": 160}, "--max-new-tokens 160"),
         ({"reference_reset": 4}, "--reference-reset needs --beta"),

@@ -87,7 +87,7 @@ def written_out(objective, experiences, hidden, weight):
 
 OPTIONS = [
     {},
-    {"clip_ratio": 1.1},
+    {"clip_ratio": 1.3},
     {"beta": 0.1},
     {"beta": 0.1, "divergence": "k1"},
     {"beta": 0.1, "divergence": "k2"},
@@ -188,11 +188,27 @@ def test_a_huge_ratio_stays_finite():
     log_prob = torch.tensor([0.0, 0.0, -200.0], requires_grad=True)
     old = torch.tensor([-500.0, -500.0, 0.0])
     for loss in LOSSES:
-        value, _, _ = policy_loss(
+        value, *_ = policy_loss(
             loss, log_prob, old, torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0, 1, 2]), clip_low=0.2, clip_high=0.2
         )
         (gradient,) = torch.autograd.grad(value.sum(), log_prob)
         assert value.isfinite().all() and gradient.isfinite().all()
+
+
+def test_what_the_clips_count():
+    """A ratio held from above, from below, by the second bound, or not at all."""
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 9.0, 9.0, 1.0, 1.5])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 0.0])
+    log_prob = ratio.log().requires_grad_()
+    old, sequence = torch.zeros(8), torch.arange(8)
+    options = dict(clip_low=0.2, clip_high=0.2, clip_ratio=4.0)
+    value, _, above, below = policy_loss("grpo", log_prob, old, advantage, sequence, **options)
+    assert above.nonzero().flatten().tolist() == [0, 4, 5] and below.nonzero().flatten().tolist() == [3]
+    (gradient,) = torch.autograd.grad(value.sum(), log_prob)
+    held = gradient == 0
+    assert held.tolist() == (above | below | (advantage == 0)).tolist()
+    _, _, above, below = policy_loss("cispo", log_prob, old, advantage, sequence, **options)
+    assert above.nonzero().flatten().tolist() == [0, 1, 4, 5] and not below.any()
 
 
 def test_rewards_of_completions_that_were_cut_off():

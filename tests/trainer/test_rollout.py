@@ -15,7 +15,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
 def loaded(folder, tmp_path, dtype="fp32"):
     model = load_model(TrainConfig(model=str(folder), out=tmp_path / "out", max_tokens=256, dtype=dtype))
-    model.hf.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    for parameter in model.hf.parameters():
+        parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     model.base.generation_config.eos_token_id = 2
     return model
 
