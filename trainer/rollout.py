@@ -21,7 +21,7 @@ from longtrace.kernels.head.gemm import HeadGemm
 from .config import Refusal
 from .model import Model, head_of
 
-HEAD_ROWS = 8  # the head multiplies this many rows a call, so that a row's logits do not depend on how many there are
+HEAD_ROWS = 64  # the head multiplies this many rows a call: a row's logits do not depend on how many there are
 PREFILL = 16_384  # prompt tokens computed in one row, but for a longer prompt
 BLOCK = 256  # probabilities summed at once when one is drawn
 
