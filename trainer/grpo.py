@@ -55,6 +55,10 @@ class GRPOConfig(TrainConfig):
     """auto = the model's own, or one of ours if it has none; model = its own only; longtrace = one that keeps the thought; or a .jinja file."""
     columns: list[str] = field(default_factory=list)
     """Renames fields of the rows: old=new."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Shape of the learning rate after the warm-up."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, have no answer or are too long (counted) instead of stopping at the first."""
 

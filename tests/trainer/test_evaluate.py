@@ -248,9 +248,9 @@ def test_the_demo_replaces_only_a_demo(tmp_path):
 
 
 def test_the_demo_holds_itself_to_its_bar():
-    good = {"solved_rate_sft": 0.9, "solved_rate_control": 0.2, "solved_rate_untrained": 0.0}
+    good = {"solved_rate_untrained": 0.0, "solved_rate_control": 0.1, "solved_rate_sft": 0.27, "solved_rate_rl": 0.9}
     demo._hold_to(demo.FULL, good)
-    for name, value in (("sft", 0.79), ("control", 0.5), ("untrained", 0.06)):
+    for name, value in (("sft", 0.1), ("sft", 0.5), ("rl", 0.69), ("control", 0.35), ("untrained", 0.06)):
         with pytest.raises(SystemExit) as ended:
             demo._hold_to(demo.FULL, good | {f"solved_rate_{name}": value})
         assert ended.value.code == 1
