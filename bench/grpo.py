@@ -18,9 +18,10 @@ from longtrace.trainer.config import Refusal
 
 from . import BenchConfig, harness
 from .harness import console
-from .sft_throughput import SMOLLM2_135M, TINY, random_model
+from .sft_throughput import SMOLLM2_135M, TINY
 
 LR, GROUP = 1e-6, 8
+CHAINS = "generated:chain,steps=8,rows=100"  # prompts where --data gives none
 
 # name: (op, worker, package it needs, how)
 IMPLS = {
@@ -118,22 +119,36 @@ def _row(name: str, found: list[dict]) -> dict:
 def _model(config: BenchConfig, folder: Path) -> tuple[Path, str]:
     if config.model:
         return Path(config.model).resolve(), f"weights of {Path(config.model).resolve().name}"
-    size = random_model(folder / "model", "LlamaConfig", TINY if config.quick else SMOLLM2_135M)
+    size = _random(folder / "model", TINY if config.quick else SMOLLM2_135M)
     return folder / "model", f"random weights, {size:.1f}M parameters (they hardly ever end by themselves)"
 
 
+def _random(folder: Path, shape: dict) -> float:
+    """Writes random bf16 weights with the demo's tokenizer, which can write any text; returns millions of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from longtrace.trainer.demo import make_tokenizer
+
+    tokenizer = make_tokenizer([CHAINS])
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape | ends), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
 def _prompts(config: BenchConfig, model: Path) -> tuple[list[list[int]], str]:
-    if not config.data:
-        rng = np.random.default_rng(0)
-        return [rng.integers(3, 4000, 60).tolist() for _ in range(4)], "drawn tokens"
     from longtrace.trainer.evaluate import prompt_of
     from longtrace.trainer.model import load_tokenizer
     from longtrace.trainer.rows import read_rows
 
     tokenizer = load_tokenizer(str(model))
-    rows = islice((row for spec in config.data for row in read_rows(spec)), 4)
+    specs = config.data or [CHAINS]
+    rows = islice((row for spec in specs for row in read_rows(spec)), 4)
     texts = [tokenizer.apply_chat_template(prompt_of(r), tokenize=False, add_generation_prompt=True) for r in rows]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"], ", ".join(Path(s).name for s in config.data)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"], ", ".join(Path(spec).name for spec in specs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

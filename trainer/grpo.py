@@ -5,7 +5,6 @@ longtrace grpo --model DIR --data generated:chain,steps=4,rows=2000 --out runs/r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,22 +15,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from longtrace import kernels as K
-
 from . import checkpoint, plan, traces
 from .answers import final_answer
-from .config import Refusal, TrainConfig, parse_columns, to_yaml
-from .environment import environment
+from .config import Refusal, TrainConfig, parse_columns
 from .evaluate import cons_at_k, pass_at_k, prompt_of
 from .experience import Prompt, RolloutSource, sampling_of
 from .grpo_report import grpo_report
-from .model import DTYPES, Model, check_model, checkpoint_activations, load_model
+from .model import DTYPES, Model, check_model, load_model
 from .objectives import Divergence, PolicyGradient, PolicyLoss
 from .rewards import Completion as Scored
 from .rewards import Rewards, kind_of
 from .rewards import score as verdicts
 from .rollout import Completion, Engine
-from .train import RunResult, resolve, run
+from .train import RunResult, describe, planned, resolve, run
 
 console = Console()
 
@@ -167,8 +163,13 @@ def check(config: GRPOConfig) -> GRPOConfig:
     return config
 
 
-def read_prompts(specs: list[str], model: Model, config: GRPOConfig, limit: int = 0) -> list[Prompt]:
-    """The prompts of the sources as the template asks them. Raises Refusal at the first that cannot be used."""
+def read_prompts(
+    specs: list[str], model: Model, config: GRPOConfig, *, limit: int = 0, checkable: bool = True
+) -> list[Prompt]:
+    """The prompts of the sources as the template asks them; `checkable`: of rows whose answers can be checked.
+
+    Raises Refusal at the first that cannot be used, or with config.skip_bad_rows leaves it out and says how many.
+    """
     bad: list[str] = []
     rows = chain.from_iterable(
         traces.read_rows(spec, columns=parse_columns(config.columns), skip_bad_rows=config.skip_bad_rows, bad_rows=bad)
@@ -182,12 +183,16 @@ def read_prompts(specs: list[str], model: Model, config: GRPOConfig, limit: int 
             prompt_of(row), chat_template=template, tokenize=False, add_generation_prompt=True
         )
         tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(tokens) <= longest:
+        if checkable and kind_of(row) is None:
+            bad.append(f"{row.where}: nothing to check with; accepted: rows with an answer or tests")
+        elif len(tokens) > longest:
+            bad.append(
+                f"{row.where}: a prompt of {len(tokens):,} tokens; accepted: up to {longest:,} (--max-tokens less "
+                "--max-new-tokens)"
+            )
+        else:
             prompts.append(Prompt(tokens, row, text.rstrip().endswith("<think>") or None))
             continue
-        bad.append(
-            f"{row.where}: a prompt of {len(tokens):,} tokens; accepted: up to {longest:,} (--max-tokens less --max-new-tokens)"
-        )
         if not config.skip_bad_rows:
             raise Refusal(bad[-1])
     if bad:
@@ -206,12 +211,9 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     config = check(config)
     model = load_model(config)
     check_model(model)
-    prompts = read_prompts(config.data, model, config)
-    held_out = read_prompts(config.eval_data, model, config, config.eval_limit) if config.eval_data else []
     rewards = Rewards(config.reward, device=str(model.device))
-    for prompt in [*prompts, *held_out]:
-        if kind_of(prompt.row) is None and ("accuracy" in rewards.weights or prompt in held_out):
-            raise Refusal(f"{prompt.row.where}: nothing to check with; accepted: rows with an answer or tests")
+    prompts = read_prompts(config.data, model, config, checkable="accuracy" in rewards.weights)
+    held_out = read_prompts(config.eval_data, model, config, limit=config.eval_limit) if config.eval_data else []
 
     def score(asked: Sequence[Prompt], done: Sequence[Completion]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         found = rewards(as_scored(model.tokenizer, asked, done))
@@ -220,31 +222,22 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     engine = Engine.of(model, config.slots)
     source = RolloutSource(config, model, engine, prompts, score)
 
-    estimate = None
-    try:
-        lengths = [len(p.tokens) + config.max_new_tokens for p in prompts]
-        estimate = plan.estimate(model, replace(config, tokens_per_step=config.tokens_per_row), lengths)
-        console.print(plan_table(config, model, source, estimate))
-    except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
-        console.print(
-            f"no estimate of memory and time for this model: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            markup=False,
-        )
+    estimate = planned(
+        config,
+        model,
+        lambda: plan.estimate(
+            model,
+            replace(config, tokens_per_step=config.tokens_per_row),
+            [len(p.tokens) + config.max_new_tokens for p in prompts],
+        ),
+        lambda found: plan_table(config, model, source, found),
+    )
     if config.plan:
         return None
-    if estimate.checkpointing if estimate else config.activation_checkpointing != "off":
-        checkpoint_activations(model, offload=config.activation_checkpointing == "offload")
 
     def begin() -> None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        files = {
-            "config.yaml": to_yaml(replace(config, resume="")),
-            "environment.json": json.dumps(environment(), indent=1),
-        }
-        for name, text in files.items():
-            checkpoint.write_atomic(config.out / name, text)
+        describe(config)
         source.samples = checkpoint.MetricsLog(config.out / "samples.jsonl", source.steps)
-        console.print(K.explain(), highlight=False, markup=False)
 
     def finish() -> None:
         template = traces.chat_template(model.tokenizer, config.template)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
@@ -17,14 +16,13 @@ from .report import (
     Tile,
     chart,
     column,
-    config_table,
     curve,
     duration_text,
-    flat_rows,
     number_text,
     paragraph,
     read_mapping,
     read_metrics,
+    settings,
     short_count,
     side_by_side,
     steps_text,
@@ -43,7 +41,6 @@ def grpo_report(out: Path) -> Path:
     steps, unreadable = read_metrics(out / "metrics.jsonl")
     samples, _ = read_metrics(out / "samples.jsonl")
     config = read_mapping(out / "config.yaml", yaml.safe_load)
-    environment = read_mapping(out / "environment.json", json.loads)
     sections = [
         Section("What it learned", _learned(steps), unreadable_note(unreadable)),
         Section("Groups", _groups(steps), "Only a group whose rewards differ carries a gradient."),
@@ -52,12 +49,7 @@ def grpo_report(out: Path) -> Path:
     ]
     if samples:
         sections.append(Section("What it writes", _samples(samples), "From the first rollout to the last."))
-    if config:
-        sections.append(
-            Section("Configuration", config_table(config), "Marked: what this run set differently from the defaults.")
-        )
-    if environment:
-        sections.append(Section("Environment", table(["what", "value"], flat_rows(environment))))
+    sections += settings(out)
     return write_report(
         out,
         title=f"Reinforcement learning of {Path(str(config.get('model', out.resolve().name))).name}",

@@ -296,6 +296,17 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     return steps, unreadable
 
 
+def settings(out: Path) -> list[Section]:
+    """The sections on a run's config.yaml and environment.json, where they are there."""
+    config = read_mapping(out / "config.yaml", yaml.safe_load)
+    environment = read_mapping(out / "environment.json", json.loads)
+    note = "Marked: what this run set differently from the defaults."
+    return [
+        *([Section("Configuration", config_table(config), note)] if config else []),
+        *([Section("Environment", table(["what", "value"], flat_rows(environment)))] if environment else []),
+    ]
+
+
 def sft_report(
     out: Path, *, lengths: Sequence[int] | None = None, title: str = "", extra: Sequence[Section] = ()
 ) -> Path:
@@ -308,7 +319,6 @@ def sft_report(
     steps, unreadable = read_metrics(out / "metrics.jsonl")
     config = read_mapping(out / "config.yaml", yaml.safe_load)
     audit = read_mapping(out / "audit.json", json.loads)
-    environment = read_mapping(out / "environment.json", json.loads)
     clip = config.get("clip") or None
 
     sections = [Section("Training", _training(steps, clip), unreadable_note(unreadable))]
@@ -318,12 +328,7 @@ def sft_report(
     data = _data(steps, lengths if lengths is not None else audit.get("lengths"), audit)
     if data:
         sections.append(Section("Data", data))
-    if config:
-        sections.append(
-            Section("Configuration", config_table(config), "Marked: what this run set differently from the defaults.")
-        )
-    if environment:
-        sections.append(Section("Environment", table(["what", "value"], flat_rows(environment))))
+    sections += settings(out)
     return write_report(
         out,
         title=title or f"Fine-tuning {Path(str(config.get('model', out.resolve().name))).name}",

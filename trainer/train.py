@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from longtrace import kernels as K
 
@@ -421,6 +422,43 @@ def _line(row: dict, steps: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what every training command does around the loop
+
+
+def planned(
+    config: TrainConfig,
+    model: Model,
+    estimate: Callable[[], plan.Estimate],
+    table: Callable[[plan.Estimate], Table],
+) -> plan.Estimate | None:
+    """Prints the plan and, unless that is all that was asked for, checkpoints activations where it says so."""
+    found = None
+    try:
+        found = estimate()
+        console.print(table(found))
+    except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
+        console.print(
+            f"no estimate of memory and time for this model: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            markup=False,
+        )
+    if not config.plan and (found.checkpointing if found else config.activation_checkpointing != "off"):
+        checkpoint_activations(model, offload=config.activation_checkpointing == "offload")
+    return found
+
+
+def describe(config: TrainConfig, more: dict[str, str] | None = None) -> None:
+    """Writes what the run is into its folder: config, environment and `more` files; prints which backends serve."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.yaml": to_yaml(replace(config, resume="")),
+        "environment.json": json.dumps(environment(), indent=1),
+    }
+    for name, text in (files | (more or {})).items():
+        checkpoint.write_atomic(config.out / name, text)
+    console.print(K.explain(), highlight=False, markup=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # supervised fine-tuning
 
 
@@ -463,36 +501,21 @@ def sft(config: SFTConfig) -> RunResult | None:
             return {"eval_loss": evaluate_loss(model, objective, eval_batches)}
 
     lengths = data.lengths[documents]
-    estimate = None
-    try:
-        estimate = plan.estimate(model, config, lengths, supervised=data.loss_mask.mean())
-        console.print(plan.table(config, model, source, config.steps or source.steps_left(), estimate))
-    except Exception as error:  # a plan is a courtesy: an architecture it cannot rehearse trains all the same
-        console.print(
-            f"no estimate of memory and time for this model: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            markup=False,
-        )
+    estimate = planned(
+        config,
+        model,
+        lambda: plan.estimate(model, config, lengths, supervised=data.loss_mask.mean()),
+        lambda found: plan.table(config, model, source, config.steps or source.steps_left(), found),
+    )
     if config.plan:
         return None
-    if estimate.checkpointing if estimate else config.activation_checkpointing != "off":
-        checkpoint_activations(model, offload=config.activation_checkpointing == "offload")
 
     template = traces.chat_template(model.tokenizer, config.template)
     _stop_at(model, [*data.audit.ends])
 
     def begin() -> None:
-        """Writes what the run is: config, environment and audits."""
-        config.out.mkdir(parents=True, exist_ok=True)
-        files = {
-            "config.yaml": to_yaml(replace(config, resume="")),
-            "environment.json": json.dumps(environment(), indent=1),
-        }
-        files["audit.json"] = json.dumps(data.audit.as_dict(), indent=1)
-        if held_data:
-            files["audit-eval.json"] = json.dumps(held_data.audit.as_dict(), indent=1)
-        for name, text in files.items():
-            checkpoint.write_atomic(config.out / name, text)
-        console.print(K.explain(), highlight=False, markup=False)
+        audits = {"audit.json": data} | ({"audit-eval.json": held_data} if held_data else {})
+        describe(config, {name: json.dumps(found.audit.as_dict(), indent=1) for name, found in audits.items()})
 
     def finish() -> None:
         checkpoint.export_model(
