@@ -65,6 +65,7 @@ def extensions() -> list[Extension]:
                 "csrc/attention_ops.cpp",
                 "csrc/cpu/attention.cpp",
                 "csrc/layer_ops.cpp",
+                "csrc/linear_ops.cpp",
                 "csrc/cpu/head.cpp",
                 "csrc/cpu/layers.cpp",
                 "csrc/cpu/tile.cpp",

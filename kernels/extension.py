@@ -15,7 +15,7 @@ OPS = (
     "ask_huge_pages_", "head_buffer", "head_forward", "head_gradient_", "head_dh", "head_dh_sample", "head_dw_", "head_column_max",
     "attention_forward", "attention_backward",
     "rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward",  # their fakes: layers/native.py
-    "group_advantages", "blend_gradients_",  # each beside its dispatch
+    "group_advantages", "blend_gradients_", "pack_weight", "packed_linear",  # each beside its dispatch
 )  # fmt: skip
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 

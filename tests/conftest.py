@@ -71,9 +71,15 @@ def character_tokenizer():
 
 def tiny_config(architecture, vocab_size, **changes):
     """A transformers config of 2 small layers."""
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
+    classes = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "gemma3": Gemma3TextConfig,
+    }
     sizes = dict(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -106,7 +112,7 @@ def tiny_model(tmp_path_factory):
     made = {}
 
     def make(architecture="llama", **changes):
-        key = (architecture, tuple(sorted(changes.items())))
+        key = (architecture, repr(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             tokenizer = character_tokenizer()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from longtrace import kernels as K
 from longtrace.kernels.head.gemm import HeadGemm
+from longtrace.kernels.head.spec import compute_dtype
+from longtrace.kernels.layers.decode import DecodeStack
+from longtrace.kernels.linear import PackedLinear, packs
 
 from .config import Refusal
 from .model import Model, head_of
@@ -185,8 +189,13 @@ class _Run:
         self.active: list[_Sample] = []
         self.ended = self.written = 0  # completions, tokens
         self.head = head_of(self.model)
-        self.gemm = HeadGemm(self.head.weight, HEAD_ROWS)
-        self.bias = None if self.head.bias is None else self.head.bias.to(self.gemm.accumulate)
+        weight, bias = self.head.weight, self.head.bias
+        self.product = (
+            partial(PackedLinear([weight]), fp32=True) if packs(weight) else HeadGemm(weight, HEAD_ROWS).logits
+        )
+        self.bias = None if bias is None else bias.to(compute_dtype(weight.dtype))
+        body = self.model.base_model
+        self.stack = DecodeStack(body) if DecodeStack.serves(body) else None
         self.prompt_of: dict[int, tuple[dict, torch.Tensor]] = {}  # group: its keys and values, its last token's logits
 
     def done(self) -> list[list[Completion]]:
@@ -239,8 +248,12 @@ class _Run:
         edges = np.stack([slots * self.cache.capacity, at + 1], 1).reshape(-1)
         keys = np.concatenate([[0], edges, [self.cache.slots * self.cache.capacity]])
         queries = np.repeat(np.arange(len(slots) + 1), 2)
-        self.cache.at = torch.from_numpy(at).to(self.device)
-        hidden = self._body(tokens, lengths, queries, 1, keys, self.cache.capacity)
+        if self.stack is not None:
+            arrays = (torch.from_numpy(x) for x in (tokens, lengths, at, queries, keys))
+            hidden = self.stack(*arrays, self.cache.keys, self.cache.values)
+        else:
+            self.cache.at = torch.from_numpy(at).to(self.device)
+            hidden = self._body(tokens, lengths, queries, 1, keys, self.cache.capacity)
         for sample in self.active:
             sample.length += 1
         self._extend(list(self.active), self._logits(hidden))
@@ -262,7 +275,7 @@ class _Run:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, V) in fp32, over the temperature."""
-        logits = self.gemm.logits(hidden.to(self.head.weight.dtype))
+        logits = self.product(hidden.to(self.head.weight.dtype))
         if self.head.logit_scale != 1.0:
             logits *= self.head.logit_scale
         if self.bias is not None:
@@ -297,47 +310,54 @@ class _Run:
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row: (tokens, log-probs) of logits (n, V), already over the temperature, by inverting the cumulative
-    distribution at `uniform` (n,) float64 in [0, 1). The log-probs are those of the whole softmax."""
-    lse = logits.logsumexp(-1, keepdim=True)
+    """One token a row: (tokens, log-probs) of logits (n, V), already over the temperature and overwritten, by inverting the
+    cumulative distribution at `uniform` (n,) float64 in [0, 1). The log-probs are those of the whole softmax."""
+    p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # times the whole, which the log-probs divide by
+    ends = _ends(p)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, (logits.gather(1, tokens[:, None]) - lse)[:, 0]
-    if sampling.top_k or sampling.top_p < 1:
-        values, columns = _nucleus(logits, lse, sampling.top_k, sampling.top_p)
-        tokens = columns.gather(1, _invert(values, uniform)[:, None])
+        tokens = p.argmax(-1)[:, None]
+    elif sampling.top_k or sampling.top_p < 1:
+        values, columns = _nucleus(p, ends[:, -1:], sampling.top_k, sampling.top_p)
+        tokens = columns.gather(1, _invert(values, _ends(values), uniform)[:, None])
     else:
-        tokens = _invert((logits - lse).exp_(), uniform)[:, None]
-    return tokens[:, 0], (logits.gather(1, tokens) - lse)[:, 0]
+        tokens = _invert(p, ends, uniform)[:, None]
+    return tokens[:, 0], (p.gather(1, tokens).log() - ends[:, -1:].log())[:, 0].to(logits.dtype)
 
 
-def _nucleus(logits: torch.Tensor, lse: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(p: torch.Tensor) -> torch.Tensor:
+    """(n, blocks, BLOCK) of p (n, V), filled up with zeros."""
+    short = -p.shape[1] % BLOCK
+    return (torch.nn.functional.pad(p, (0, short)) if short else p).view(len(p), -1, BLOCK)
+
+
+def _ends(p: torch.Tensor) -> torch.Tensor:
+    """(n, blocks) float64: the sum of p (n, V) up to each block's end."""
+    return _blocks(p).sum(-1).double().cumsum(-1)
+
+
+def _nucleus(p: torch.Tensor, whole: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(probabilities, columns), largest first: the fewest that hold top_p of the mass, top_k at most, others 0."""
-    vocabulary = logits.shape[1]
+    vocabulary = p.shape[1]
     width = min(top_k or 1024, vocabulary)
     while True:
-        best, columns = logits.topk(width, -1)
-        p = (best - lse).exp()
-        before = p.double().cumsum(-1) - p
-        if top_k or width == vocabulary or bool((before[:, -1] >= top_p).all()):
+        best, columns = p.topk(width, -1)
+        before = best.double().cumsum(-1) - best
+        if top_k or width == vocabulary or bool((before[:, -1:] >= top_p * whole).all()):
             break
         width = min(8 * width, vocabulary)
-    mass = before[:, -1:] + p[:, -1:] if top_k else 1.0  # top_p is a share of what top_k left
-    return p.masked_fill(before >= top_p * mass, 0.0), columns
+    mass = before[:, -1:] + best[:, -1:] if top_k else whole  # top_p is a share of what top_k left
+    return best.masked_fill(before >= top_p * mass, 0.0), columns
 
 
-def _invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """(n,) the first column where the cumulative sum of p (n, V) exceeds uniform x its total; sums are float64, in blocks.
+def _invert(p: torch.Tensor, ends: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """(n,) the first column where the cumulative sum of p (n, V) exceeds uniform x its total; ends: its `_ends`.
 
     Never a column of probability 0: what is looked for stays below the last sum.
     """
-    n, vocabulary = p.shape
-    blocks = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK)).view(n, -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     wanted = _below(uniform * ends[:, -1], ends[:, -1])
     block = torch.searchsorted(ends, wanted[:, None], right=True)
     left = wanted - torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)[:, 0]
-    inside = blocks[torch.arange(n, device=p.device), block[:, 0]].double().cumsum(-1)
+    inside = _blocks(p)[torch.arange(len(p), device=p.device), block[:, 0]].double().cumsum(-1)
     column = torch.searchsorted(inside, _below(left.clamp(min=0), inside[:, -1])[:, None], right=True)
     return (block * BLOCK + column)[:, 0]
 

@@ -69,6 +69,8 @@ struct TileKernels {
   void (*transpose)(const void* g, int64_t ldg, int64_t K, int64_t K_padded, void* out, int64_t ldo);
   // max over n (a multiple of 32) of scale[i] * row[i].
   float (*row_max)(const void* row, int64_t n, const float* scale);
+  // out (rows x columns, row stride ldo, operands or fp32) = tile + bias; bias has 32 entries or is null.
+  void (*store)(const float* tile, int64_t rows, int64_t columns, const float* bias, void* out, int64_t ldo, bool fp32);
   void (*epilogue)(const float* tile, int64_t rows, const Epilogue& how);
   void (*score_peaks)(const float* tile, int64_t rows, const Scores& how);  
   void (*softmax)(const float* tile, int64_t rows, const Scores& how);

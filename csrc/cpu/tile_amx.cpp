@@ -29,8 +29,10 @@ static void configure(int64_t first, int64_t second) {
   _tile_loadconfig(&config);
 }
 
-// A and B advance 32 k a step; a lower half of no rows computes nothing.
-template <bool Lower>
+constexpr int64_t kAhead = 8;  // steps of a panel fetched ahead where it is read once
+
+// A and B advance 32 k a step; a lower half of no rows computes nothing. Fetch: the panel comes from memory.
+template <bool Lower, bool Fetch = false>
 static inline void block(int64_t K, const Bf16* A, int64_t lda, const Bf16* panel, float* C, int64_t ldc, bool add) {
   const int64_t row = lda * 2, out = ldc * 4;
   const Bf16* low = A + 16 * lda;
@@ -50,6 +52,8 @@ static inline void block(int64_t K, const Bf16* A, int64_t lda, const Bf16* pane
   }
   for (int64_t k = 0; k < K; k += 32) {
     const Bf16* b = panel + k * longtrace::kPanel;
+    if (Fetch)
+      for (int64_t line = 0; line < 32; ++line) _mm_prefetch(b + 1024 * kAhead + 32 * line, _MM_HINT_T0);
     _tile_loadd(4, A + k, row);  // products start as soon as two tiles are there
     _tile_loadd(6, b, 128);
     _tile_dpbf16ps(0, 4, 6);
@@ -110,7 +114,12 @@ static void multiply(
     rows_of_64(whole, a, lda, b, C, ldc);
     rows -= whole, a += whole * lda, C += whole * ldc;
   }
+  if (rows >= 32 && rows < 64) {
+    block<true, true>(K, a, lda, b, C, ldc, add);
+    rows -= 32, a += 32 * lda, C += 32 * ldc;
+  }
   for (; rows >= 32; rows -= 32, a += 32 * lda, C += 32 * ldc) block<true>(K, a, lda, b, C, ldc, add);
+  if (rows == 16) return block<false, true>(K, a, lda, b, C, ldc, add);
   if (!rows) return;
   if (rows > 16) {
     configure(16, rows - 16);
@@ -127,5 +136,5 @@ static void multiply(
 namespace longtrace {
 const TileKernels tile_amx = {
     "amx", true, 32, enter, leave, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
-    row_max<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
+    row_max<Bf16>, store_tile<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
 }

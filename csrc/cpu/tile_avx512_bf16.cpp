@@ -48,5 +48,5 @@ static void multiply(
 namespace longtrace {
 const TileKernels tile_avx512_bf16 = {
     "avx512_bf16", true, 32, nullptr, nullptr, multiply, copy_rows<Bf16>, pack_transposed<Bf16>, pack<Bf16>, transpose<Bf16>,
-    row_max<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
+    row_max<Bf16>, store_tile<Bf16>, epilogue<Bf16>, score_peaks<Bf16>, softmax<Bf16>, softmax_gradient<Bf16>};
 }

@@ -8,7 +8,7 @@ from longtrace import kernels as K
 from longtrace.trainer.config import Refusal, TrainConfig
 from longtrace.trainer.experience import Experience, RolloutSource
 from longtrace.trainer.model import load_model
-from longtrace.trainer.rollout import Engine, Sampling, _invert, draw
+from longtrace.trainer.rollout import Engine, Sampling, _ends, _invert, draw
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -118,7 +118,7 @@ def test_tokens_are_drawn_by_their_probability(vocabulary, seed):
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
     n = 20_000
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, log_probs = draw(logits.expand(n, -1), uniform, Sampling(1))
+    tokens, log_probs = draw(logits.repeat(n, 1), uniform, Sampling(1))
     share = torch.bincount(tokens, minlength=vocabulary) / n
     p = logits[0].double().softmax(0)
     assert (share - p).abs().max() <= 2 / n
@@ -130,7 +130,7 @@ def test_edges_of_the_cumulative_distribution(seed):
     p[0, [3, 599]] = 0.5
     p[1, 300] = 1e-30
     for u in (0.0, 0.4999999, 0.5, 1 - 2**-53):
-        first, second = _invert(p, torch.tensor([u, u], dtype=torch.float64)).tolist()
+        first, second = _invert(p, _ends(p), torch.tensor([u, u], dtype=torch.float64)).tolist()
         assert first == (3 if u < 0.5 else 599) and second == 300
 
 
