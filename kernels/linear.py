@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtrace.kernels import extension
+from longtrace.kernels import backend, extension
 
 PANEL = 32  # weight rows side by side
 
@@ -17,7 +17,9 @@ PANEL = 32  # weight rows side by side
 def packs(*weights: Tensor) -> bool:
     """Whether weights (N, K) can be packed here."""
     native = torch.bfloat16 if extension.BF16_OPERANDS else torch.float32
-    return extension.LOADED and all(w.device.type == "cpu" and w.dtype in (native, torch.float32) for w in weights)
+    if not extension.LOADED or backend.forced() not in (None, "cpu"):
+        return False
+    return all(w.device.type == "cpu" and w.dtype in (native, torch.float32) for w in weights)
 
 
 class PackedLinear:

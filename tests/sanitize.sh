@@ -15,5 +15,6 @@ echo "building with $SANITIZE"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$copy/site LONGTRACE_SANITIZED=$copy
 "$python" -c "from longtrace.kernels import extension as e; import os; assert e.LOADED and str(e.LIBRARY.resolve()).startswith(os.environ['LONGTRACE_SANITIZED']), e.WHY; print(e.WHY)"
-exec "$python" -m pytest -p no:cacheprovider -q -n 2 -m "not slow" tests/kernels/test_attention_tiles.py tests/kernels/test_attention_decode.py tests/kernels/test_head.py \
+exec "$python" -m pytest -p no:cacheprovider -q -n 2 -m "not slow" tests/kernels/test_attention_tiles.py tests/kernels/test_attention_decode.py tests/kernels/test_linear.py \
+  tests/kernels/test_layers_decode.py tests/kernels/test_head.py \
   tests/kernels/test_head_adversarial.py tests/kernels/test_head_compressed.py tests/kernels/test_layers.py tests/kernels/test_packing.py "$@"
