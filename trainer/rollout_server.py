@@ -24,7 +24,7 @@ from .rollout import Completion, Engine, Sampling
 from .servers import VLLM, Server, SGLang
 
 TICK = 0.5  # seconds between looks at progress, and so at signals
-PROBES, PROBE_TOKENS = 8, 64  # completions of the probe, and the longest of them
+PROBES, PROBE_TOKENS = 8, 64  # sampled completions of the probe, and the longest of them
 APART = 0.3  # mean |log-prob of the server - of the trainer| of the probe's tokens that cannot be rounding any more
 MOVED = 0.01  # a log-prob that moved by this here moved there too
 
@@ -60,7 +60,7 @@ class ServerEngine(Engine):
         self.run, self.loads = uuid.uuid4().hex[:8], 0  # of which a version is made, unlike any other trainer's
         self.name, self.context = "", 0  # of the served model
         self.probe: list[int] = []  # the prompt that is asked after every load
-        self.probed: list[Completion] = []  # what was answered, and the trainer's log-probs of it then
+        self.greedy: Completion | None = None  # its greedy answer, and the trainer's log-probs of that then
         self.expected = np.zeros(0)
 
     def connect(self) -> None:
@@ -106,7 +106,12 @@ class ServerEngine(Engine):
                 f"context; accepted: up to {self.context - longest:,} (vLLM: --max-model-len, SGLang: --context-length)"
             )
         self.probe = self.probe or list(prompts[0])
-        return asyncio.run(self._generate(prompts, sampling, samples, seed, progress or (lambda ended, written: None)))
+        try:
+            return asyncio.run(
+                self._generate(prompts, sampling, samples, seed, progress or (lambda ended, written: None))
+            )
+        except Refusal as refusal:
+            raise Refusal(f"{refusal} (--resume auto goes on from the last whole step)") from None
 
     async def _generate(self, prompts, sampling, samples, seed, progress) -> list[list[Completion]]:
         ended, written = 0, 0
@@ -125,7 +130,8 @@ class ServerEngine(Engine):
             async with self.kind(self.url, self.timeout, self.slots) as server:
                 version = await self._refresh(server)
                 short = replace(sampling, max_new_tokens=min(PROBE_TOKENS, sampling.max_new_tokens))
-                self._verify(server, await _all(one(server, self.probe, short, [n], version) for n in range(PROBES)))
+                probes = [short] * PROBES + [replace(short, top_k=1)]
+                self._verify(server, await _all(one(server, self.probe, p, [n], version) for n, p in enumerate(probes)))
                 ended = written = 0
                 numbers = [(g, n) for g in range(len(prompts)) for n in range(samples)]
                 done = await _all(one(server, prompts[g], sampling, [*seed, g, n], version) for g, n in numbers)
@@ -154,19 +160,19 @@ class ServerEngine(Engine):
         return version
 
     def _verify(self, server: Server, done: list[Completion]) -> None:
-        """Whether the probe was answered by the trainer's weights: the same log-probs but for rounding, and not to the last
-        bit what was answered before the weights moved."""
-        expected = np.concatenate(self.log_probs(self.probe, done)).astype(np.float64)
-        apart = float(np.abs(np.concatenate([c.log_probs for c in done]) - expected).mean())
+        """Whether the trainer's weights answered the probe: with its log-probs but for rounding, and the greedy answer, the
+        last, not to the last bit as before the weights moved."""
+        expected = self.log_probs(self.probe, done)
+        apart = float(np.abs(np.concatenate([c.log_probs - e for c, e in zip(done[:-1], expected)])).mean())
         if not apart <= APART:
             raise server.refusal(
                 f": its log-probs are {apart:.2f} a token from the trainer's; accepted: up to {APART}. It serves another "
                 "model, did not load the weights, or means other log-probs (vLLM: --logprobs-mode raw_logprobs; SGLang: "
                 "no SGLANG_RETURN_ORIGINAL_LOGPROB)"
             )
-        if done != self.probed:
-            self.probed, self.expected = done, expected
-        elif np.abs(expected - self.expected).max() > MOVED:
+        if done[-1] != self.greedy:
+            self.greedy, self.expected = done[-1], expected[-1]
+        elif np.abs(expected[-1] - self.expected).max() > MOVED:
             raise server.refusal(
                 ": stale weights: it answers the probe as it did before the weights moved, to the last bit; it said that it "
                 "had loaded them"

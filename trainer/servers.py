@@ -53,7 +53,7 @@ class Server:
         await self.client.aclose()
 
     def refusal(self, found: str) -> Refusal:
-        return Refusal(f"{self.url}{found} (--resume auto goes on from the last whole step)")
+        return Refusal(f"{self.url}{found}")
 
     async def ask(self, path: str, body: dict | None = None, post: bool = True):
         """The JSON that a path answers. Raises Refusal for silence, refused requests, and what stays broken."""
