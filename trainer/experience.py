@@ -55,7 +55,7 @@ class Experience:
     completion: list[int]
     advantage: float
     number: int  # of the prompt in the data
-    rollout_log_prob: np.ndarray  # (completion,) fp32, as the engine saw it
+    rollout_log_prob: np.ndarray | None = None  # (completion,) fp32, as the engine saw it
     old_log_prob: np.ndarray | None = None  # by the trainer, at the weights that wrote it
     ref_log_prob: np.ndarray | None = None
 
@@ -213,7 +213,7 @@ class RolloutSource:
         experiences, counted = self._advantages(groups)
         self.rollouts += 1
         kept = [e for group in experiences for e in group]
-        if config.steps_per_rollout > 1 or config.importance_cap:
+        if config.steps_per_rollout > 1:  # else the forward that trains is that of the weights that wrote
             for e, values in zip(kept, self.log_probs(kept)):
                 e.old_log_prob = values
         if config.beta:

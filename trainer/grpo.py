@@ -19,7 +19,7 @@ from . import checkpoint, plan, traces
 from .answers import final_answer
 from .config import Refusal, TrainConfig, parse_columns
 from .evaluate import cons_at_k, pass_at_k, prompt_of
-from .experience import Prompt, RolloutSource, sampling_of
+from .experience import Experience, Prompt, RolloutSource, sampling_of
 from .grpo_report import grpo_report
 from .model import DTYPES, Model, check_model, load_model
 from .objectives import Divergence, PolicyGradient, PolicyLoss
@@ -27,6 +27,8 @@ from .rewards import Completion as Scored
 from .rewards import Rewards, kind_of
 from .rewards import score as verdicts
 from .rollout import Completion, Engine
+from .rollout_server import ServerEngine
+from .servers import is_address
 from .train import RunResult, describe, planned, resolve, run
 
 console = Console()
@@ -88,7 +90,13 @@ class GRPOConfig(TrainConfig):
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion."""
     slots: int = 128
-    """Completions decoded at once."""
+    """Completions decoded at once (of a server: requests in flight)."""
+    engine: Literal["own", "vllm", "sglang"] = "own"
+    """What writes the completions: own = the training model itself; vllm, sglang = a server at --server (docs/grpo.md)."""
+    server: str = ""
+    """The server's address, http://HOST:PORT; it must see --out under the same path."""
+    server_timeout: float = 1800.0
+    """Seconds one request to the server may take."""
 
     # objective
     loss: PolicyLoss = "grpo"
@@ -107,8 +115,8 @@ class GRPOConfig(TrainConfig):
     """Optimizer steps after which the reference becomes the policy (R1-Zero: 400; 0 = never)."""
     entropy_bonus: float = 0.0
     """Weight of the tokens' entropy."""
-    importance_cap: float = 0.0
-    """Largest ratio of the trainer's probability to the engine's (truncated importance sampling; 0 = off)."""
+    importance_cap: float | Literal["auto"] = "auto"
+    """Largest ratio of the trainer's probability to the engine's (truncated importance sampling; 0 = off); auto = 2 for a server, else off."""
 
 
 RANGES = {
@@ -120,6 +128,8 @@ RANGES = {
 
 def check(config: GRPOConfig) -> GRPOConfig:
     """What `resolve` does, and what GRPO asks besides. Raises Refusal."""
+    if config.importance_cap == "auto":
+        config.importance_cap = 0.0 if config.engine == "own" else 2.0
     for name, low in RANGES.items():
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= low):
@@ -145,6 +155,7 @@ def check(config: GRPOConfig) -> GRPOConfig:
         )
     if config.reference_reset and (not config.beta or config.lora_rank):
         raise Refusal("--reference-reset needs --beta, and all weights trained (no --lora-rank)")
+    _check_server(config)
     if config.patience and not (config.eval_every and config.eval_data):
         raise Refusal("--patience needs --eval-every and --eval-data")
     if config.max_new_tokens >= config.max_tokens:
@@ -161,6 +172,26 @@ def check(config: GRPOConfig) -> GRPOConfig:
     if config.scale_rewards == "auto":
         config.scale_rewards = "none" if config.loss == "dr_grpo" else "group_std"
     return config
+
+
+def _check_server(config: GRPOConfig) -> None:
+    if config.engine == "own":
+        if config.server:
+            raise Refusal(f"--server {config.server} needs --engine vllm or --engine sglang")
+        return
+    if not is_address(config.server):
+        raise Refusal(f"--engine {config.engine}: found --server {config.server!r}; accepted: http://HOST:PORT")
+    if config.lora_rank:
+        raise Refusal(
+            f"--lora-rank with --engine {config.engine}: a server is sent whole models; accepted: --engine own"
+        )
+    if config.engine == "vllm" and config.temperature != 1:
+        raise Refusal(
+            f"--temperature {config.temperature} with --engine vllm: its log-probs are those before the temperature; "
+            "accepted: 1, or another engine"
+        )
+    if not config.server_timeout > 0:
+        raise Refusal(f"--server-timeout {config.server_timeout}: accepted: above 0")
 
 
 def read_prompts(
@@ -219,7 +250,15 @@ def grpo(config: GRPOConfig) -> RunResult | None:
         found = rewards(as_scored(model.tokenizer, asked, done))
         return found.total, found.parts
 
-    engine = Engine.of(model, config.slots)
+    template = traces.chat_template(model.tokenizer, config.template)
+    server = None
+    if config.engine != "own":
+        server = ServerEngine(
+            config.engine, config.server, model, config.out / "rollout-weights", dtype=DTYPES[config.dtype],
+            chat_template=template, slots=config.slots, timeout=config.server_timeout,
+            log_probs=lambda prompt, done: source.log_probs([Experience(prompt, c.tokens, 0.0, 0) for c in done]),
+        )  # fmt: skip
+    engine = server or Engine.of(model, config.slots)
     source = RolloutSource(config, model, engine, prompts, score)
 
     estimate = planned(
@@ -234,13 +273,16 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     )
     if config.plan:
         return None
+    if server:
+        server.connect()
 
     def begin() -> None:
         describe(config)
         source.samples = checkpoint.MetricsLog(config.out / "samples.jsonl", source.steps)
 
     def finish() -> None:
-        template = traces.chat_template(model.tokenizer, config.template)
+        if server:
+            server.close()
         checkpoint.export_model(
             model.hf, model.tokenizer, config.out, chat_template=template, dtype=DTYPES[config.dtype]
         )
@@ -313,6 +355,7 @@ def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     longest = max(len(p.tokens) for p in source.prompts) + config.max_new_tokens
     cache = 2 * text.num_hidden_layers * kv_heads * width * size * longest * min(config.slots, completions)
+    cache *= config.engine == "own"  # a server has its own
     reference = estimate.parameters * size if source.reference is not None else 0
     m = estimate.memory
     parts = {"training": m.peak, "key-value cache": cache, "reference": reference}

@@ -196,6 +196,7 @@ class PolicyGradient:
             mismatch = (old - batch.rollout_log_prob).clamp(-20, 20).exp()
             value = value * mismatch.clamp(max=self.importance_cap)
             metrics["mismatch"] = mismatch.sum()
+            metrics["mismatch_kl"] = (mismatch - 1 - mismatch.log()).sum()  # k3 estimate of KL(engine || trainer)
         if self.beta:
             kl = divergence(self.divergence, log_prob, batch.ref_log_prob, log_ratio)
             value = value + self.beta * kl

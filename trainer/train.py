@@ -286,6 +286,9 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
                 batches = source.next(say)
             except Stopped:
                 batches = []
+            except Refusal:  # of a server that writes the rollouts, say: nothing of what was learned is lost
+                save(boundary)
+                raise
             if stop:
                 save(boundary)
                 raise SystemExit(stop[0])
@@ -349,7 +352,12 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
             # ---- evaluate ----------------------------------------------------------------------------------------------
             due = config.eval_every and step % config.eval_every == 0
             if evaluate and (due or step == steps):
-                found = evaluate()
+                try:
+                    found = evaluate()
+                except Refusal:
+                    history.append(row)
+                    save(state())
+                    raise
                 row |= found
                 error = next(iter(found.values()))
                 better = best["loss"] is None or error < best["loss"]
