@@ -45,12 +45,8 @@ class Groups:
 def bench(config: BenchConfig) -> None:
     """Measures, prints a table a case, draws advantages.png, writes the record. Raises Refusal for unusable options."""
     cases = {name: groups_of(name) for name in config.inputs or (QUICK if config.quick else INPUTS)}
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    torch.set_num_threads(threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    torch.set_num_threads(machine["threads"])
     rows, ratios, skipped, panels = [], {}, {}, []
     for name, groups in cases.items():
         found = _measure(name, groups, chosen, config.repeats, 0.02 if config.quick else 0.3, skipped)
@@ -67,7 +63,7 @@ def bench(config: BenchConfig) -> None:
         "advantages", config.json, machine=machine, rows=rows, ratios=ratios, skipped=skipped,
         setting="calls repeated for a while in each turn, implementations in turn, medians of the turns",
     )  # fmt: skip
-    note = f"{machine['cpu']}, {threads} threads, {machine['date']}"
+    note = f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}"
     harness.bar_picture(record.parent / "advantages.png", "Group advantages on the CPU", panels[:4], note)
     console.print(f"record in {record}, picture beside it", highlight=False)
 

@@ -39,11 +39,8 @@ def bench(config: BenchConfig) -> None:
     config.tokens, config.steps = config.tokens or 256, config.steps or 3
     if config.steps < 2 or config.repeats < 1:
         raise Refusal("bench grpo: accepted: --steps 2 or more (the first is not timed), --repeats 1 or more")
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    threads = machine["threads"]
     skipped = {n: f"{IMPLS[n][2]} is not installed" for n in chosen if not harness.installed(IMPLS[n][2])}
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
         model, what = _model(config, Path(folder))
