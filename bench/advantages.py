@@ -1,4 +1,5 @@
 """How fast are group advantages on the CPU, and how exact? Ours, TRL's formula, verl's two, and two passes of scatter.
+Liger has none: its GRPO losses take advantages ready-made, so the record lists it as left out.
 
 All take the same rewards in one process, in turn. Errors are against each one's own formula in float64: on rewards in [0, 1), on
 rewards that differ in the third digit (10 + r / 100), and as the largest advantage of a group whose rewards are all 0.7, which
@@ -197,6 +198,11 @@ def _verl_vectorised(groups: Groups):
     return run
 
 
+def _liger(groups: Groups):
+    """Liger-Kernel 0.8.5: `advantages` is an argument of its losses (chunked_loss/grpo_loss.py, transformers/grpo_loss.py)."""
+    return "it has no formula: its GRPO losses take advantages as an argument"
+
+
 def _two_passes(groups: Groups):
     """What one would write: scatter the sums, centre, scatter the squares; our 1e-4."""
     index, sizes = groups.index, groups.sizes
@@ -211,5 +217,6 @@ def _two_passes(groups: Groups):
 
 
 IMPLS = {
-    "longtrace": _ours, "TRL": _trl, "verl": _verl, "verl vectorised": _verl_vectorised, "torch, two passes": _two_passes,
+    "longtrace": _ours, "TRL": _trl, "verl": _verl, "verl vectorised": _verl_vectorised, "Liger": _liger,
+    "torch, two passes": _two_passes,
 }  # fmt: skip
