@@ -14,6 +14,10 @@ class Refusal(Exception):
     """Input or arguments that cannot be used. One clear line; the command line prints it and exits with 2."""
 
 
+class NonFinite(RuntimeError):
+    """Loss, gradients or logits are not finite; the weights were not touched. The command line exits with 1."""
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """What every training command shares: the model, the loop, precision, checkpoints."""
