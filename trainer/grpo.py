@@ -41,6 +41,13 @@ class GRPOConfig(TrainConfig):
 
     data: list[str]
     """Prompts: rows with a problem and an answer (file.jsonl, file.parquet, hub/name), generated:chain,steps=4, reasoning_gym:chain_sum."""
+    max_tokens: int = 16_384
+    """Longest prompt with its completion, in tokens."""
+    tokens_per_step: int = field(default=0, init=False)  # no option: `check` sets the most a step's completions hold
+    epochs: float = 1.0
+    """Passes over the prompts when --steps is 0."""
+    patience: int = 0
+    """Stop after this many evaluations without a better pass@1 (0 = never)."""
     eval_data: list[str] = field(default_factory=list)
     """Held-out prompts for pass@1, pass@k and cons@k."""
     eval_limit: int = 128
@@ -136,8 +143,6 @@ def check(config: GRPOConfig) -> GRPOConfig:
         raise Refusal("--stop: found an empty string, which ends everything; accepted: text")
     if config.temperature == 0:
         raise Refusal("--temperature 0: a group's completions would all be the same; accepted: above 0")
-    if config.tokens_per_step:
-        raise Refusal("--tokens-per-step: a step of GRPO is --prompts-per-rollout x --group-size / --steps-per-rollout")
     if config.steps_per_rollout > config.prompts_per_rollout:
         raise Refusal(
             f"--steps-per-rollout {config.steps_per_rollout}: accepted: up to --prompts-per-rollout "
@@ -153,7 +158,8 @@ def check(config: GRPOConfig) -> GRPOConfig:
             "holds prompt and completion"
         )
     config = resolve(config)
-    config.tokens_per_step = 0
+    completions = -(-config.prompts_per_rollout // config.steps_per_rollout) * config.group_size
+    config.tokens_per_step = config.tokens_per_row * -(-completions * config.max_tokens // config.tokens_per_row)
     if config.tokens_per_row < config.max_tokens:
         raise Refusal(
             f"--tokens-per-row {config.tokens_per_row:,}: accepted: --max-tokens ({config.max_tokens:,}) or more"
@@ -225,11 +231,7 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     estimate = planned(
         config,
         model,
-        lambda: plan.estimate(
-            model,
-            replace(config, tokens_per_step=config.tokens_per_row),
-            [len(p.tokens) + config.max_new_tokens for p in prompts],
-        ),
+        lambda: plan.estimate(model, config, [len(p.tokens) + config.max_new_tokens for p in prompts]),
         lambda found: plan_table(config, model, source, found),
     )
     if config.plan:
