@@ -22,7 +22,7 @@ from .evaluate import cons_at_k, pass_at_k, prompt_of
 from .experience import Prompt, RolloutSource, sampling_of
 from .grpo_report import grpo_report
 from .model import DTYPES, Model, check_model, load_model
-from .objectives import Divergence, PolicyGradient, PolicyLoss
+from .objectives import CLIPS, Divergence, PolicyGradient, PolicyLoss
 from .rewards import Completion as Scored
 from .rewards import Rewards, kind_of
 from .rewards import score as verdicts
@@ -100,10 +100,10 @@ class GRPOConfig(TrainConfig):
     # objective
     loss: PolicyLoss = "grpo"
     """grpo, dr_grpo, dapo, gspo or cispo (docs/grpo.md has the formulas)."""
-    clip_low: float = 0.2
-    """Ratios are clipped below at 1 - this."""
-    clip_high: float = 0.2
-    """Ratios are clipped above at 1 + this (DAPO 0.28, gspo 4e-4, cispo 4)."""
+    clip_low: float | None = None
+    """Ratios are clipped below at 1 - this (None = the loss's own: 0.2, gspo 3e-4; cispo has no lower clip)."""
+    clip_high: float | None = None
+    """Ratios are clipped above at 1 + this (None = the loss's own: 0.2, dapo 0.28, gspo 4e-4, cispo 4)."""
     clip_ratio: float = 0.0
     """Largest ratio where the advantage is negative (two-sided clip; 0 = none)."""
     beta: float = 0.0
@@ -126,7 +126,13 @@ RANGES = {
 
 
 def check(config: GRPOConfig) -> GRPOConfig:
-    """What `resolve` does, and what GRPO asks besides. Raises Refusal."""
+    """What `resolve` does, the loss's own clips where none are given, and what GRPO asks besides. Raises Refusal."""
+    low, high = CLIPS[config.loss]
+    config = replace(
+        config,
+        clip_low=low if config.clip_low is None else config.clip_low,
+        clip_high=high if config.clip_high is None else config.clip_high,
+    )
     for name, low in RANGES.items():
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= low):
@@ -139,6 +145,8 @@ def check(config: GRPOConfig) -> GRPOConfig:
         )
     if 0 < config.clip_ratio <= 1 + config.clip_high:
         raise Refusal(f"--clip-ratio {config.clip_ratio}: accepted: above 1 + --clip-high, or 0 for none")
+    if config.loss == "cispo" and (config.clip_low != CLIPS["cispo"][0] or config.clip_ratio):
+        raise Refusal("--loss cispo bounds ratios by --clip-high alone: it takes no --clip-low and no --clip-ratio")
     if "" in config.stop:
         raise Refusal("--stop: found an empty string, which ends everything; accepted: text")
     if config.temperature == 0:
@@ -310,6 +318,8 @@ def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate
     )
     dealt = "one step" if config.steps_per_rollout == 1 else f"{config.steps_per_rollout} steps"
     grid.add_row("steps", f"{config.steps or source.steps_left():,}; a rollout is dealt out over {dealt}")
+    below = "" if config.clip_low >= 1 else f"{1 - config.clip_low:g} to "
+    grid.add_row("objective", f"{config.loss}, ratios clipped at {below}{1 + config.clip_high:g}, beta {config.beta:g}")
     text, size = model.base.config.get_text_config(), DTYPES[config.dtype].itemsize
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
