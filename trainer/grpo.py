@@ -234,7 +234,7 @@ def grpo(config: GRPOConfig) -> RunResult | None:
         return found.total, found.parts
 
     engine = Engine.of(model, config.slots)
-    source = RolloutSource(config, model, engine, prompts, score)
+    source = RolloutSource(config, model, engine, prompts, score, rewards)
 
     estimate = planned(
         config,

@@ -51,7 +51,7 @@ class Source(Protocol):
     def state_dict(self) -> dict: ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What its state needs that is no JSON; kept by reference until a checkpoint is written."""
+        """What its state needs that is no JSON, as of the last state_dict; asked for when a checkpoint is written."""
 
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None: ...
 
