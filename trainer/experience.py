@@ -83,11 +83,17 @@ class Group:
     completions: list[Completion]
     rewards: np.ndarray  # (n,) NaN: not scored, or masked
     parts: dict[str, np.ndarray]  # each reward before weighting
+    apart: list[tuple[float, np.ndarray]] | None = None  # (weight, reward (n,)): normalised one by one, then summed
+
+    @property
+    def normalised(self) -> list[tuple[float, np.ndarray]]:
+        """What is set against its mean within the group: the sum of the rewards, or each."""
+        return [(1.0, self.rewards)] if self.apart is None else self.apart
 
     @property
     def mixed(self) -> bool:
-        scored = self.rewards[np.isfinite(self.rewards)]
-        return len(scored) > 1 and bool(scored.max() > scored.min())
+        scored = [values[np.isfinite(values)] for _, values in self.normalised]
+        return any(len(values) > 1 and bool(values.max() > values.min()) for values in scored)
 
 
 Score = Callable[[Sequence[Prompt], Sequence[Completion]], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -271,24 +277,38 @@ class RolloutSource:
         flat = [(p, c) for p, group in zip(prompts, done) for c in group]
         rewards, parts = self.score([p for p, _ in flat], [c for _, c in flat])
         self.score_seconds += time.perf_counter() - scoring
-        rewards = cut_off_rewards(rewards, np.array([not c.finished for _, c in flat]), config.cut_off)
-        n = config.group_size
-        return [
-            Group(number, group, rewards[i * n : (i + 1) * n], {k: v[i * n : (i + 1) * n] for k, v in parts.items()})
-            for i, (number, group) in enumerate(zip(numbers, done))
-        ]
+        cut = np.array([not c.finished for _, c in flat])
+        rewards = cut_off_rewards(rewards, cut, config.cut_off)
+        each = {name: cut_off_rewards(values, cut, config.cut_off) for name, values in parts.items()}
+        n, groups = config.group_size, []
+        for i, (number, group) in enumerate(zip(numbers, done)):
+            here = slice(i * n, (i + 1) * n)
+            apart = [(weight, each[name][here]) for name, weight in self.weights.items()]
+            groups.append(
+                Group(
+                    number, group, rewards[here], {name: values[here] for name, values in parts.items()},
+                    apart if config.scale_rewards == "each" else None,
+                )
+            )  # fmt: skip
+        return groups
 
     def _advantages(self, groups: list[Group]) -> tuple[list[list[Experience]], list[list[int]]]:
         """For each group: what carries a gradient, and the lengths of what is counted."""
         config = self.config
         offsets = np.cumsum([0] + [len(g.rewards) for g in groups])
-        found = K.group_advantages(
-            torch.from_numpy(np.concatenate([g.rewards for g in groups])),
-            offsets.tolist(),
-            scale="none" if config.scale_rewards == "none" else "group_std",
-            baseline=config.baseline,
-        )
-        values = found.values.tolist()
+        total = np.zeros(offsets[-1])
+        for i, (weight, _) in enumerate(groups[0].normalised):
+            found = K.group_advantages(
+                torch.from_numpy(np.concatenate([g.normalised[i][1] for g in groups])),
+                offsets.tolist(),
+                scale="none" if config.scale_rewards == "none" else "group_std",
+                baseline=config.baseline,
+            )
+            total += weight * found.values.numpy()
+        if config.scale_rewards == "each":  # GDPO: the sum must not grow with the number of rewards
+            scored = total[~np.isnan(np.concatenate([g.rewards for g in groups]))]
+            total /= (scored.std(ddof=1) if len(scored) > 1 else 0.0) + 1e-4
+        values = total.tolist()
         needed = bool(config.beta or config.entropy_bonus)  # then an advantage of 0 still has a gradient
         experiences, counted = [], []
         for group, start in zip(groups, offsets):

@@ -70,8 +70,8 @@ class GRPOConfig(TrainConfig):
     """Rewards with weights, summed: accuracy format=0.5 language:en=0.1 module:function (docs/rewards.md lists them)."""
     cut_off: Literal["penalty", "mask"] = "penalty"
     """Completions that reach --max-new-tokens: penalty = they are not right; mask = they leave the group and the loss."""
-    scale_rewards: Literal["auto", "group_std", "none"] = "auto"
-    """Divide advantages by the group's standard deviation; auto = yes, but for dr_grpo."""
+    scale_rewards: Literal["auto", "group_std", "each", "none"] = "auto"
+    """Divide advantages by the group's standard deviation; auto = yes, but for dr_grpo; each = every reward by its own, then their weighted sum by the batch's (GDPO)."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is taken from a reward: the group's mean, or that of the others (RLOO)."""
 

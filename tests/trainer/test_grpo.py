@@ -286,6 +286,39 @@ def test_degenerate_groups_leave_and_change_nothing(loss, tiny_model, tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_each_reward_may_be_normalised_by_itself(tiny_model, tmp_path):
+    """GDPO, written out: within its group, weighted, summed, over the batch's deviation; what no reward tells apart leaves."""
+    from longtrace.trainer.rewards import Rewards
+
+    config = grpo.check(
+        config_of(tiny_model(), tmp_path / "out", scale_rewards="each", reward=["format", "overlong:16:8=0.5"])
+    )
+    model = load_model(config)
+    prompts = grpo.read_prompts(config.data, model, config)
+    one = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, math.nan]])  # the last one was cut off
+    two = np.array([[0, 2, 1, 3], [5, 5, 5, 5], [0, 0, 2, 2], [2, 0, 2, 0]], dtype=float)
+
+    def score(asked, done):
+        return np.nansum([one, 0.5 * two], 0).flatten(), {"format": one.flatten(), "overlong:16:8": two.flatten()}
+
+    class Engine:
+        def generate(self, *args, **kwargs):
+            return [[Completion([5, 6], [-1.0, -1.0], (g, n) != (3, 3)) for n in range(4)] for g in range(4)]
+
+    source = RolloutSource(config, model, Engine(), prompts, score, Rewards(config.reward))
+    found = [e for step in source._roll_out(lambda text: None) for e in step.experiences]
+
+    def normalised(x):
+        x = np.nan_to_num(x)  # cut off: not right
+        return (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True, ddof=1) + 1e-4)
+
+    total = normalised(one) + 0.5 * normalised(two)
+    expected = (total / (total.std(ddof=1) + 1e-4)).flatten()
+    assert np.ptp((one + 0.5 * two)[2]) == 0
+    assert source.metrics["groups_mixed"] == 3, "a group of equal sums whose parts differ is mixed"
+    np.testing.assert_allclose([e.advantage for e in found], expected[expected != 0], rtol=1e-6)
+
+
 def test_the_reference_follows_every_so_many_steps(tiny_model, tmp_path):
     """Three steps a rollout, a reset after two: at the first rollout that begins two steps or more after the last."""
     config = grpo.check(config_of(tiny_model(), tmp_path / "out", beta=0.1, reference_reset=2, steps_per_rollout=3))
