@@ -24,6 +24,7 @@ BENCHES = {
     "compile_matrix": "registers, spills, shared memory and occupancy of every GPU kernel, compiled for parts that are not here",
     "gpu": "parity and times of everything on this GPU beside its peers (make bench-gpu)",
     "experiments/grpo_curve": "what GRPO teaches: three seeds beside permuted rewards and more fine-tuning",
+    "experiments/degenerate_groups": "what leaving out groups with equal rewards saves of a GRPO step, and equal gradients",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -33,7 +34,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/degenerate_groups, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None

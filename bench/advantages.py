@@ -1,4 +1,5 @@
 """How fast are group advantages on the CPU, and how exact? Ours, TRL's formula, verl's two, and two passes of scatter.
+Liger has none: its GRPO losses take advantages ready-made, so the record lists it as left out.
 
 All take the same rewards in one process, in turn. Errors are against each one's own formula in float64: on rewards in [0, 1), on
 rewards that differ in the third digit (10 + r / 100), and as the largest advantage of a group whose rewards are all 0.7, which
@@ -45,12 +46,8 @@ class Groups:
 def bench(config: BenchConfig) -> None:
     """Measures, prints a table a case, draws advantages.png, writes the record. Raises Refusal for unusable options."""
     cases = {name: groups_of(name) for name in config.inputs or (QUICK if config.quick else INPUTS)}
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    torch.set_num_threads(threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    torch.set_num_threads(machine["threads"])
     rows, ratios, skipped, panels = [], {}, {}, []
     for name, groups in cases.items():
         found = _measure(name, groups, chosen, config.repeats, 0.02 if config.quick else 0.3, skipped)
@@ -67,7 +64,7 @@ def bench(config: BenchConfig) -> None:
         "advantages", config.json, machine=machine, rows=rows, ratios=ratios, skipped=skipped,
         setting="calls repeated for a while in each turn, implementations in turn, medians of the turns",
     )  # fmt: skip
-    note = f"{machine['cpu']}, {threads} threads, {machine['date']}"
+    note = f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}"
     harness.bar_picture(record.parent / "advantages.png", "Group advantages on the CPU", panels[:4], note)
     console.print(f"record in {record}, picture beside it", highlight=False)
 
@@ -201,6 +198,11 @@ def _verl_vectorised(groups: Groups):
     return run
 
 
+def _liger(groups: Groups):
+    """Liger-Kernel 0.8.5: `advantages` is an argument of its losses (chunked_loss/grpo_loss.py, transformers/grpo_loss.py)."""
+    return "it has no formula: its GRPO losses take advantages as an argument"
+
+
 def _two_passes(groups: Groups):
     """What one would write: scatter the sums, centre, scatter the squares; our 1e-4."""
     index, sizes = groups.index, groups.sizes
@@ -215,5 +217,6 @@ def _two_passes(groups: Groups):
 
 
 IMPLS = {
-    "longtrace": _ours, "TRL": _trl, "verl": _verl, "verl vectorised": _verl_vectorised, "torch, two passes": _two_passes,
+    "longtrace": _ours, "TRL": _trl, "verl": _verl, "verl vectorised": _verl_vectorised, "Liger": _liger,
+    "torch, two passes": _two_passes,
 }  # fmt: skip

@@ -32,12 +32,8 @@ def bench(config: BenchConfig) -> None:
     """Measures, prints the tables, draws attention.png, writes the record. Raises Refusal for unusable options."""
     names = config.inputs or (["one:512", "mix:1024"] if config.quick else INPUTS)
     cases = {name: lengths_of(name) for name in names}
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    torch.set_num_threads(threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    torch.set_num_threads(machine["threads"])
     rows, ratios, panels = [], {}, []
     for dtype in (torch.bfloat16,) if config.quick else (torch.bfloat16, torch.float32):
         peak = measure_matmul_peak(dtype) / 1e9
@@ -53,7 +49,7 @@ def bench(config: BenchConfig) -> None:
             both = [r for r in found if r["direction"] == "both"]
             panels.append((f"{name}, {_name(dtype)}: ms", both, "ms", ",.0f"))
     record = harness.write_record("attention", config.json, machine=machine, rows=rows, ratios=ratios)
-    note = f"forward and backward; {machine['cpu']}, {threads} threads, {machine['date']}"
+    note = f"forward and backward; {machine['cpu']}, {machine['threads']} threads, {machine['date']}"
     harness.bar_picture(record.parent / "attention.png", "Packed attention on the CPU", panels, note)
     console.print(f"record in {record}, picture beside it", highlight=False)
 

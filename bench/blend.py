@@ -27,12 +27,8 @@ SAMPLE = 1 << 20  # values that errors are taken on
 def bench(config: BenchConfig) -> None:
     """Measures, prints a table a case, draws blend.png, writes the record. Raises Refusal for unusable options."""
     cases = {name: shapes_of(name) for name in config.inputs or (INPUTS[1:] if config.quick else INPUTS)}
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    torch.set_num_threads(threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    torch.set_num_threads(machine["threads"])
     rows, ratios, checks, panels = [], {}, [], []
     for name, shapes in cases.items():
         for dtype in DTYPES:
@@ -60,7 +56,7 @@ def bench(config: BenchConfig) -> None:
         "blend", config.json, machine=machine, rows=rows, ratios=ratios, checks=checks,
         setting="one warm-up turn, implementations in turn, medians",
     )  # fmt: skip
-    note = f"GB/s of what has to move; {machine['cpu']}, {threads} threads, {machine['date']}"
+    note = f"GB/s of what has to move; {machine['cpu']}, {machine['threads']} threads, {machine['date']}"
     harness.bar_picture(record.parent / "blend.png", "Blending two gradients on the CPU", panels[:4], note)
     console.print(f"record in {record}, picture beside it", highlight=False)
 

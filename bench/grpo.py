@@ -18,7 +18,7 @@ from longtrace.trainer.config import Refusal
 
 from . import BenchConfig, harness
 from .harness import console
-from .sft_throughput import SMOLLM2_135M, TINY
+from .sft_throughput import SMOLLM2_135M, TINY, moment, peak_bytes
 
 LR, GROUP = 1e-6, 8
 CHAINS = "generated:chain,steps=8,rows=100"  # prompts where --data gives none
@@ -39,11 +39,8 @@ def bench(config: BenchConfig) -> None:
     config.tokens, config.steps = config.tokens or 256, config.steps or 3
     if config.steps < 2 or config.repeats < 1:
         raise Refusal("bench grpo: accepted: --steps 2 or more (the first is not timed), --repeats 1 or more")
-    chosen = config.impls or list(IMPLS)
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS)
+    threads = machine["threads"]
     skipped = {n: f"{IMPLS[n][2]} is not installed" for n in chosen if not harness.installed(IMPLS[n][2])}
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
         model, what = _model(config, Path(folder))
@@ -155,7 +152,7 @@ def _prompts(config: BenchConfig, model: Path) -> tuple[list[list[int]], str]:
 # The measuring processes
 
 
-def _answer(floor: int, completions: int, seconds, written, generate=(), trained=(), losses=()) -> dict:
+def _answer(job: dict, floor: int, completions: int, seconds, written, generate=(), trained=(), losses=()) -> dict:
     generate = list(generate) or [0.0] * len(seconds)
     return {
         "seconds": seconds,
@@ -165,7 +162,7 @@ def _answer(floor: int, completions: int, seconds, written, generate=(), trained
         "train_seconds": [s - g if trained else 0.0 for s, g in zip(seconds, generate)],
         "losses": list(losses),
         "completions": completions,
-        "peak_mb": (harness.peak_bytes() - floor) / harness.MB,
+        "peak_mb": (peak_bytes(job.get("device", "cpu")) - floor) / harness.MB,
     }
 
 
@@ -177,55 +174,55 @@ def _config(job: dict, **more):
         model=job["model"], data=[], out=Path.cwd() / "out", max_tokens=longest, tokens_per_row=4 * longest,
         max_new_tokens=job["tokens"], group_size=GROUP, prompts_per_rollout=len(job["prompts"]), lr=LR,
         schedule="constant", warmup=0, betas=(0.9, 0.95), dtype="bf16", activation_checkpointing="off", rope="none",
-        seed=job["seed"], scale_rewards="group_std", **more,
+        seed=job["seed"], scale_rewards="group_std", device=job.get("device", "cpu"), **more,
     )  # fmt: skip
 
 
 def generate_ours(job: dict) -> dict:
-
     from longtrace.trainer.model import load_model
     from longtrace.trainer.rollout import Engine, Sampling
 
-    floor = harness.peak_bytes()
+    floor = peak_bytes(job.get("device", "cpu"))
     model = load_model(_config(job))
     for parameter in model.hf.parameters():
         parameter.data = parameter.data.bfloat16()
     engine = Engine.of(model, GROUP * len(job["prompts"]))
     seconds, written = [], []
     for turn in range(job["steps"]):
-        began = time.perf_counter()
+        began = moment(job.get("device", "cpu"))
         done = engine.generate(job["prompts"], Sampling(job["tokens"]), samples=GROUP, seed=(job["seed"], turn))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(moment(job.get("device", "cpu")) - began)
         written.append(sum(len(c.tokens) for group in done for c in group))
-    return _answer(floor, GROUP * len(job["prompts"]), seconds[1:], written[1:], seconds[1:])
+    return _answer(job, floor, GROUP * len(job["prompts"]), seconds[1:], written[1:], seconds[1:])
 
 
 def generate_transformers(job: dict) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    floor = harness.peak_bytes()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+    floor = peak_bytes(job.get("device", "cpu"))
+    device = job.get("device", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval().to(device)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     width = max(map(len, job["prompts"]))
     rows = [p for p in job["prompts"] for _ in range(GROUP)]
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in rows])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=device)
     seconds, written = [], []
     torch.manual_seed(job["seed"])
     for _ in range(job["steps"]):
-        began = time.perf_counter()
+        began = moment(device)
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=job["tokens"], do_sample=True, temperature=1.0,
                 top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=ends,
             )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-        ended = torch.isin(out[:, width:], torch.tensor(ends)).long()
+        seconds.append(moment(device) - began)
+        ended = torch.isin(out[:, width:], torch.tensor(ends, device=device)).long()
         lengths = torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1] - width)
         written.append(int(lengths.sum()))
-    return _answer(floor, len(rows), seconds[1:], written[1:], seconds[1:])
+    return _answer(job, floor, len(rows), seconds[1:], written[1:], seconds[1:])
 
 
 def reward(text: str) -> float:
@@ -241,7 +238,7 @@ def train_ours(job: dict) -> dict:
     from longtrace.trainer.rollout import Engine
     from longtrace.trainer.rows import Row
 
-    floor = harness.peak_bytes()
+    floor = peak_bytes(job.get("device", "cpu"))
     config = _config(job, steps=job["steps"])
     config.out.mkdir()
     model = load_model(config)
@@ -257,7 +254,7 @@ def train_ours(job: dict) -> dict:
     )
     rows = result.metrics
     return _answer(
-        floor, GROUP * len(prompts), [r["dt"] for r in rows][1:], [r["generated"] for r in rows][1:],
+        job, floor, GROUP * len(prompts), [r["dt"] for r in rows][1:], [r["generated"] for r in rows][1:],
         [r["generate_seconds"] for r in rows][1:], [r["tokens"] for r in rows][1:], [r["loss"] for r in rows],
     )  # fmt: skip
 
@@ -268,7 +265,7 @@ def train_trl(job: dict) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    floor = harness.peak_bytes()
+    floor = peak_bytes(job.get("device", "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -317,4 +314,4 @@ def train_trl(job: dict) -> dict:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = list(np.diff(marks))
     n = len(seconds)
-    return _answer(floor, completions, seconds[1:], written[1:n], generate[1:n], trained[1:n], losses)
+    return _answer(job, floor, completions, seconds[1:], written[1:n], generate[1:n], trained[1:n], losses)

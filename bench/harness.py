@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from longtrace.trainer.config import Refusal
 from longtrace.trainer.environment import cpu_features, cpu_name, memory_bytes, packages
 
 console = Console()
@@ -43,6 +44,21 @@ def threads_here(wanted: int = 0) -> int:
     if wanted:
         return wanted
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def begin(config, impls: Collection[str], default: Sequence[str] = ()) -> tuple[list[str], dict]:
+    """How a benchmark begins: (the implementations to time, the machine with the threads to use).
+
+    `config`: its BenchConfig; without `--impls` those in `default` are timed, or all `impls`. Says so when the machine is
+    busy. Raises Refusal for an implementation that is none of `impls`.
+    """
+    chosen = config.impls or list(default or impls)
+    if unknown := set(chosen) - set(impls):
+        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(impls)}")
+    here = machine(threads_here(config.threads))
+    if (here["load_before"] or 0) > 0.5:
+        console.print(f"note: the machine is busy (load {here['load_before']}); times will say so", style="yellow")
+    return chosen, here
 
 
 def machine(threads: int) -> dict:

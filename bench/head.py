@@ -35,14 +35,10 @@ def bench(config: BenchConfig) -> None:
 
     if config.repeats < 1:
         raise Refusal("bench: accepted: --repeats 1 or more")
-    if unknown := set(config.impls or ()) - set(head_peers.IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(head_peers.IMPLS)}")
     names = ["generated:512,8192,256"] if config.quick else config.inputs or _default_inputs(config)
-    threads = harness.threads_here(config.threads)
-    machine = harness.machine(threads)
-    if machine["load_before"] is not None and machine["load_before"] > 0.5:
-        console.print(f"note: the machine is busy (load {machine['load_before']}); times will say so", style="yellow")
-    keys = config.impls or [k for k in head_peers.IMPLS if not (config.quick and k in head_peers.SWEEP)]
+    usual = [k for k in head_peers.IMPLS if not (config.quick and k in head_peers.SWEEP)]
+    keys, machine = harness.begin(config, head_peers.IMPLS, usual)
+    threads = machine["threads"]
     skipped = {
         k: "compiles for half a minute; not in --quick" for k in keys if config.quick and head_peers.IMPLS[k].slow_start
     }

@@ -63,14 +63,9 @@ def bench(config: BenchConfig) -> None:
     config.tokens, config.steps = config.tokens or 8192, config.steps or 3
     if config.steps < 2 or config.repeats < 1 or config.tokens < 16:
         raise Refusal("bench: accepted: --steps 2 or more (the first is not timed), --repeats 1, --tokens 16 or more")
-    chosen = config.impls or DEFAULT_IMPLS
-    if unknown := set(chosen) - set(IMPLS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(IMPLS)}")
-    threads = harness.threads_here(config.threads)
-    machine = harness.machine(threads)
+    chosen, machine = harness.begin(config, IMPLS, DEFAULT_IMPLS)
+    threads = machine["threads"]
     skipped = {n: f"{IMPLS[n][1]} is not installed" for n in chosen if not harness.installed(IMPLS[n][1])}
-    if machine["load_before"] is not None and machine["load_before"] > 0.5:
-        console.print(f"note: the machine is busy (load {machine['load_before']}); times will say so", style="yellow")
 
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
         model, weights = _model(config, Path(folder))

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if os.name == "nt" else {}))
     for chatty in ("torchao", "torch.utils._pytree"):  # what they say on import is no news to a user
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    from .config import Refusal
+    from .config import NonFinite, Refusal
 
     try:
         module, config_class, function, _ = COMMANDS[name]
@@ -109,19 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"longtrace {name}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, NonFinite) as error:
         print(f"longtrace {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nlongtrace {name}: interrupted", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        from .train import NonFinite
-
-        if not isinstance(error, NonFinite):
-            raise
-        print(f"longtrace {name}: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

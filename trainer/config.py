@@ -14,6 +14,10 @@ class Refusal(Exception):
     """Input or arguments that cannot be used. One clear line; the command line prints it and exits with 2."""
 
 
+class NonFinite(RuntimeError):
+    """Loss, gradients or logits are not finite; the weights were not touched. The command line exits with 1."""
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """What every training command shares: the model, the loop, precision, checkpoints."""
@@ -120,6 +124,11 @@ class SFTConfig(TrainConfig):
     """Leave out rows that cannot be read or that the audit refuses (counted and named) instead of stopping at the first."""
 
 
+def options(config_class) -> list[str]:
+    """The names of a command's options: the fields of its dataclass that may be given."""
+    return [f.name for f in dataclasses.fields(config_class) if f.init]
+
+
 def to_yaml(config) -> str:
     """The resolved config as YAML; `--config` reads it back."""
 
@@ -132,7 +141,7 @@ def to_yaml(config) -> str:
             return {k: plain(v) for k, v in value.items()}
         return value
 
-    return yaml.safe_dump({f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}, sort_keys=False)
+    return yaml.safe_dump({name: plain(getattr(config, name)) for name in options(config)}, sort_keys=False)
 
 
 def parse_columns(columns: list[str]) -> dict[str, str]:
@@ -153,7 +162,7 @@ def read_yaml(path: Path, config_class: type) -> dict:
         raise Refusal(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise Refusal(f"--config {path}: found {type(fields).__name__}; accepted: a mapping of option names to values")
-    known = {f.name for f in dataclasses.fields(config_class)}
+    known = set(options(config_class))
     fields = {str(key).replace("-", "_"): value for key, value in fields.items()}
     for key in fields.keys() - known:
         raise Refusal(f"--config {path}: no option {key}; {config_class.__name__} has {', '.join(sorted(known))}")

@@ -12,10 +12,12 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -28,9 +30,11 @@ from .config import Refusal
 from .evaluate import prompt_of
 from .model import DTYPES, Model
 from .objectives import token_weights
+from .rewards import Rewards
 from .rollout import Completion, Sampling
 from .rows import Row
 from .source import IGNORE, RolloutBatch
+from .verifier import Verifier
 
 REFLECTION = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.I)  # R1's list
 
@@ -70,11 +74,6 @@ class Step:
     experiences: list[Experience]
     counted: list[int]  # lengths of all the completions in the denominators, those without a gradient too
 
-    @cached_property
-    def plain(self) -> dict:
-        """As JSON; made once, however often the loop takes the state."""
-        return {"counted": self.counted, "experiences": [_plain(e) for e in self.experiences]}
-
 
 @dataclass
 class Group:
@@ -84,11 +83,17 @@ class Group:
     completions: list[Completion]
     rewards: np.ndarray  # (n,) NaN: not scored, or masked
     parts: dict[str, np.ndarray]  # each reward before weighting
+    apart: list[tuple[float, np.ndarray]] | None = None  # (weight, reward (n,)): normalised one by one, then summed
+
+    @property
+    def normalised(self) -> list[tuple[float, np.ndarray]]:
+        """What is set against its mean within the group: the sum of the rewards, or each."""
+        return [(1.0, self.rewards)] if self.apart is None else self.apart
 
     @property
     def mixed(self) -> bool:
-        scored = self.rewards[np.isfinite(self.rewards)]
-        return len(scored) > 1 and bool(scored.max() > scored.min())
+        scored = [values[np.isfinite(values)] for _, values in self.normalised]
+        return any(len(values) > 1 and bool(values.max() > values.min()) for values in scored)
 
 
 Score = Callable[[Sequence[Prompt], Sequence[Completion]], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -101,11 +106,17 @@ POSITION = ("epoch", "cursor", "rollouts", "steps", "reset_at")
 class RolloutSource:
     """Steps of GRPO over a set of prompts: endless, or until `epochs` passes over the prompts are done."""
 
-    def __init__(self, config, model: Model, engine, prompts: list[Prompt], score: Score):
+    def __init__(
+        self, config, model: Model, engine, prompts: list[Prompt], score: Score, rewards: Rewards | None = None
+    ):
+        """`rewards`: what `score` asks; its weights, and the verdicts of its pool, which are part of the state."""
         self.config, self.model, self.engine, self.prompts, self.score = config, model, engine, prompts, score
+        self.weights = rewards.weights if rewards else {}
+        self.verifier: Verifier | None = rewards.pool if rewards else None
         self.tokens_per_row = config.tokens_per_row
         self.epoch = self.cursor = self.rollouts = self.steps = self.reset_at = 0
-        self.buffer: list[Step] = []
+        self.buffer: list[Step] = []  # replaced, never changed in place: `_at_boundary` may hold it
+        self._at_boundary = self.buffer  # as of the last state_dict
         self.metrics: dict[str, float] = {}
         self.samples: MetricsLog | None = None  # where a few completions of every rollout go
         self.reference = _frozen_copy(model, DTYPES[config.dtype]) if config.beta and not model.lora else None
@@ -141,11 +152,21 @@ class RolloutSource:
         return digest.hexdigest()
 
     def state_dict(self) -> dict:
+        self._at_boundary = self.buffer
         position = {name: getattr(self, name) for name in POSITION} | {"run": self._run}
-        return position | {"data": self.fingerprint, "buffer": [step.plain for step in self.buffer]}
+        return position | {
+            "data": self.fingerprint,
+            "buffer": len(self.buffer),  # steps; what they train on is in the tensors
+            "verifier": self.verifier.state_dict() if self.verifier else None,
+        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds besides: the reference model's weights."""
+        """What a checkpoint holds besides, as of the last state_dict: the reference's weights and the rollout buffer."""
+        tensors = {f"reference.{name}": weight for name, weight in self._reference_weights.items()}
+        return tensors | {f"buffer.{name}": values for name, values in as_tensors(self._at_boundary).items()}
+
+    @property
+    def _reference_weights(self) -> dict[str, torch.Tensor]:
         return {} if self.reference is None else dict(self.reference.named_parameters())
 
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -159,15 +180,27 @@ class RolloutSource:
                 raise Refusal(
                     f"{name} differs from the checkpoint's ({state['run'][name]}, now {value}): pass the same"
                 )
-        held = self.tensors()
-        if {name: tensor.shape for name, tensor in held.items()} != {name: x.shape for name, x in tensors.items()}:
+        saved: dict[str, dict[str, torch.Tensor]] = {"reference": {}, "buffer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            saved[part][rest] = tensor
+        held = self._reference_weights
+        if {name: x.shape for name, x in held.items()} != {name: x.shape for name, x in saved["reference"].items()}:
             raise Refusal("the checkpoint's reference model is another than this run's; same --model and --beta?")
+        buffer = from_tensors(saved["buffer"])
+        if len(buffer) != state["buffer"]:
+            raise Refusal(
+                f"the checkpoint's rollout buffer holds {len(buffer)} steps, its state says {state['buffer']}: "
+                "it cannot be trusted"
+            )
         with torch.no_grad():
             for name, tensor in held.items():
-                tensor.copy_(tensors[name])
+                tensor.copy_(saved["reference"][name])
         for name in POSITION:
             setattr(self, name, state[name])
-        self.buffer = [Step([_experience(e) for e in s["experiences"]], s["counted"]) for s in state["buffer"]]
+        self.buffer = self._at_boundary = buffer
+        if self.verifier and state["verifier"]:
+            self.verifier.load_state_dict(state["verifier"])
         self._shuffle()
 
     @property
@@ -199,12 +232,15 @@ class RolloutSource:
                     kept.copy_(now)
         groups: list[Group] = []
         self.generate_seconds = self.score_seconds = 0.0
+        counts = Counter(self.verifier.counts) if self.verifier else None
         for attempt in range(1 + config.resample):
             missing = config.prompts_per_rollout - sum(g.mixed for g in groups)
             if attempt and not missing:
                 break
             groups += self._generate(self._take(missing if attempt else config.prompts_per_rollout), attempt, say)
         self._tell(groups)
+        if counts is not None:
+            self.metrics |= {f"verifier_{what}": n - counts[what] for what, n in self.verifier.counts.items()}
         if config.resample:  # the batch is full of mixed groups, where there were enough of them
             spare = [g for g in groups if not g.mixed]
             groups = [g for g in groups if g.mixed]
@@ -241,24 +277,38 @@ class RolloutSource:
         flat = [(p, c) for p, group in zip(prompts, done) for c in group]
         rewards, parts = self.score([p for p, _ in flat], [c for _, c in flat])
         self.score_seconds += time.perf_counter() - scoring
-        rewards = cut_off_rewards(rewards, np.array([not c.finished for _, c in flat]), config.cut_off)
-        n = config.group_size
-        return [
-            Group(number, group, rewards[i * n : (i + 1) * n], {k: v[i * n : (i + 1) * n] for k, v in parts.items()})
-            for i, (number, group) in enumerate(zip(numbers, done))
-        ]
+        cut = np.array([not c.finished for _, c in flat])
+        rewards = cut_off_rewards(rewards, cut, config.cut_off)
+        each = {name: cut_off_rewards(values, cut, config.cut_off) for name, values in parts.items()}
+        n, groups = config.group_size, []
+        for i, (number, group) in enumerate(zip(numbers, done)):
+            here = slice(i * n, (i + 1) * n)
+            apart = [(weight, each[name][here]) for name, weight in self.weights.items()]
+            groups.append(
+                Group(
+                    number, group, rewards[here], {name: values[here] for name, values in parts.items()},
+                    apart if config.scale_rewards == "each" else None,
+                )
+            )  # fmt: skip
+        return groups
 
     def _advantages(self, groups: list[Group]) -> tuple[list[list[Experience]], list[list[int]]]:
         """For each group: what carries a gradient, and the lengths of what is counted."""
         config = self.config
         offsets = np.cumsum([0] + [len(g.rewards) for g in groups])
-        found = K.group_advantages(
-            torch.from_numpy(np.concatenate([g.rewards for g in groups])),
-            offsets.tolist(),
-            scale="none" if config.scale_rewards == "none" else "group_std",
-            baseline=config.baseline,
-        )
-        values = found.values.tolist()
+        total = np.zeros(offsets[-1])
+        for i, (weight, _) in enumerate(groups[0].normalised):
+            found = K.group_advantages(
+                torch.from_numpy(np.concatenate([g.normalised[i][1] for g in groups])),
+                offsets.tolist(),
+                scale="none" if config.scale_rewards == "none" else "group_std",
+                baseline=config.baseline,
+            )
+            total += weight * found.values.numpy()
+        if config.scale_rewards == "each":  # GDPO: the sum must not grow with the number of rewards
+            scored = total[~np.isnan(np.concatenate([g.rewards for g in groups]))]
+            total /= (scored.std(ddof=1) if len(scored) > 1 else 0.0) + 1e-4
+        values = total.tolist()
         needed = bool(config.beta or config.entropy_bonus)  # then an advantage of 0 still has a gradient
         experiences, counted = [], []
         for group, start in zip(groups, offsets):
@@ -420,17 +470,49 @@ def collate(experiences: list[Experience], weights: list[float], count: float) -
     )
 
 
-ARRAYS = ("rollout_log_prob", "old_log_prob", "ref_log_prob")
+LOG_PROBS = ("rollout_log_prob", "old_log_prob", "ref_log_prob")
 
 
-def _plain(e: Experience) -> dict:
-    """As JSON: a float32 survives the way through Python's repr."""
-    return vars(e) | {name: None if getattr(e, name) is None else getattr(e, name).tolist() for name in ARRAYS}
+def as_tensors(steps: Sequence[Step]) -> dict[str, torch.Tensor]:
+    """Steps as a few flat arrays, for a checkpoint: 4 bytes a token of prompt and completion, and 4 for each of a
+    completion token's log-probs. None for no steps."""
+    if not steps:
+        return {}
+    experiences = [e for step in steps for e in step.experiences]
+    sizes = [[e.number, len(e.prompt), len(e.completion)] for e in experiences]
+    tokens = [np.array(part, dtype=np.int32) for e in experiences for part in (e.prompt, e.completion)]
+    tensors = {
+        "steps": torch.tensor([[len(step.experiences), len(step.counted)] for step in steps]),
+        "counted": torch.tensor([n for step in steps for n in step.counted], dtype=torch.int64),
+        "experiences": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 3),
+        "advantages": torch.tensor([e.advantage for e in experiences], dtype=torch.float64),
+        "tokens": torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *tokens])),
+    }
+    for name in LOG_PROBS:
+        if experiences and getattr(experiences[0], name) is not None:
+            tensors[name] = torch.from_numpy(np.concatenate([getattr(e, name) for e in experiences]))
+    return tensors
 
 
-def _experience(plain: dict) -> Experience:
-    arrays = {n: None if plain[n] is None else np.array(plain[n], dtype=np.float32) for n in ARRAYS}
-    return Experience(**plain | arrays)
+def from_tensors(tensors: dict[str, torch.Tensor]) -> list[Step]:
+    """The steps that `as_tensors` took apart; they share no memory with the tensors."""
+    if not tensors:
+        return []
+    numbers, prompts, completions = (column.tolist() for column in tensors["experiences"].T)
+    spans = [n for pair in zip(prompts, completions) for n in pair]
+    tokens = [part.tolist() for part in tensors["tokens"].split(spans)] if spans else []
+    log_probs = {
+        name: [part.numpy().copy() for part in tensors[name].split(completions)]
+        for name in LOG_PROBS
+        if name in tensors
+    }
+    experiences = [
+        Experience(tokens[2 * i], tokens[2 * i + 1], advantage, numbers[i], **{k: v[i] for k, v in log_probs.items()})
+        for i, advantage in enumerate(tensors["advantages"].tolist())
+    ]
+    counted = iter(tensors["counted"].tolist())
+    waiting = iter(experiences)
+    return [Step(list(islice(waiting, n)), list(islice(counted, m))) for n, m in tensors["steps"].tolist()]
 
 
 def _frozen_copy(model: Model, dtype: torch.dtype):

@@ -22,7 +22,7 @@ from .evaluate import cons_at_k, pass_at_k, prompt_of
 from .experience import Experience, Prompt, RolloutSource, sampling_of
 from .grpo_report import grpo_report
 from .model import DTYPES, Model, check_model, load_model
-from .objectives import Divergence, PolicyGradient, PolicyLoss
+from .objectives import CLIPS, Divergence, PolicyGradient, PolicyLoss
 from .rewards import Completion as Scored
 from .rewards import Rewards, kind_of
 from .rewards import score as verdicts
@@ -43,6 +43,13 @@ class GRPOConfig(TrainConfig):
 
     data: list[str]
     """Prompts: rows with a problem and an answer (file.jsonl, file.parquet, hub/name), generated:chain,steps=4, reasoning_gym:chain_sum."""
+    max_tokens: int = 16_384
+    """Longest prompt with its completion, in tokens."""
+    tokens_per_step: int = field(default=0, init=False)  # no option: `check` sets the most a step's completions hold
+    epochs: float = 1.0
+    """Passes over the prompts when --steps is 0."""
+    patience: int = 0
+    """Stop after this many evaluations without a better pass@1 (0 = never)."""
     eval_data: list[str] = field(default_factory=list)
     """Held-out prompts for pass@1, pass@k and cons@k."""
     eval_limit: int = 128
@@ -65,8 +72,8 @@ class GRPOConfig(TrainConfig):
     """Rewards with weights, summed: accuracy format=0.5 language:en=0.1 module:function (docs/rewards.md lists them)."""
     cut_off: Literal["penalty", "mask"] = "penalty"
     """Completions that reach --max-new-tokens: penalty = they are not right; mask = they leave the group and the loss."""
-    scale_rewards: Literal["auto", "group_std", "none"] = "auto"
-    """Divide advantages by the group's standard deviation; auto = yes, but for dr_grpo."""
+    scale_rewards: Literal["auto", "group_std", "each", "none"] = "auto"
+    """Divide advantages by the group's standard deviation; auto = yes, but for dr_grpo; each = every reward by its own, then their weighted sum by the batch's (GDPO)."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is taken from a reward: the group's mean, or that of the others (RLOO)."""
 
@@ -101,10 +108,10 @@ class GRPOConfig(TrainConfig):
     # objective
     loss: PolicyLoss = "grpo"
     """grpo, dr_grpo, dapo, gspo or cispo (docs/grpo.md has the formulas)."""
-    clip_low: float = 0.2
-    """Ratios are clipped below at 1 - this."""
-    clip_high: float = 0.2
-    """Ratios are clipped above at 1 + this (DAPO 0.28, gspo 4e-4, cispo 4)."""
+    clip_low: float | None = None
+    """Ratios are clipped below at 1 - this (None = the loss's own: 0.2, gspo 3e-4; cispo has no lower clip)."""
+    clip_high: float | None = None
+    """Ratios are clipped above at 1 + this (None = the loss's own: 0.2, dapo 0.28, gspo 4e-4, cispo 4)."""
     clip_ratio: float = 0.0
     """Largest ratio where the advantage is negative (two-sided clip; 0 = none)."""
     beta: float = 0.0
@@ -127,7 +134,13 @@ RANGES = {
 
 
 def check(config: GRPOConfig) -> GRPOConfig:
-    """What `resolve` does, and what GRPO asks besides. Raises Refusal."""
+    """What `resolve` does, the loss's own clips where none are given, and what GRPO asks besides. Raises Refusal."""
+    low, high = CLIPS[config.loss]
+    config = replace(
+        config,
+        clip_low=low if config.clip_low is None else config.clip_low,
+        clip_high=high if config.clip_high is None else config.clip_high,
+    )
     if config.importance_cap == "auto":
         config.importance_cap = 0.0 if config.engine == "own" else 2.0
     for name, low in RANGES.items():
@@ -142,12 +155,12 @@ def check(config: GRPOConfig) -> GRPOConfig:
         )
     if 0 < config.clip_ratio <= 1 + config.clip_high:
         raise Refusal(f"--clip-ratio {config.clip_ratio}: accepted: above 1 + --clip-high, or 0 for none")
+    if config.loss == "cispo" and (config.clip_low != CLIPS["cispo"][0] or config.clip_ratio):
+        raise Refusal("--loss cispo bounds ratios by --clip-high alone: it takes no --clip-low and no --clip-ratio")
     if "" in config.stop:
         raise Refusal("--stop: found an empty string, which ends everything; accepted: text")
     if config.temperature == 0:
         raise Refusal("--temperature 0: a group's completions would all be the same; accepted: above 0")
-    if config.tokens_per_step:
-        raise Refusal("--tokens-per-step: a step of GRPO is --prompts-per-rollout x --group-size / --steps-per-rollout")
     if config.steps_per_rollout > config.prompts_per_rollout:
         raise Refusal(
             f"--steps-per-rollout {config.steps_per_rollout}: accepted: up to --prompts-per-rollout "
@@ -164,7 +177,8 @@ def check(config: GRPOConfig) -> GRPOConfig:
             "holds prompt and completion"
         )
     config = resolve(config)
-    config.tokens_per_step = 0
+    completions = -(-config.prompts_per_rollout // config.steps_per_rollout) * config.group_size
+    config.tokens_per_step = config.tokens_per_row * -(-completions * config.max_tokens // config.tokens_per_row)
     if config.tokens_per_row < config.max_tokens:
         raise Refusal(
             f"--tokens-per-row {config.tokens_per_row:,}: accepted: --max-tokens ({config.max_tokens:,}) or more"
@@ -259,16 +273,12 @@ def grpo(config: GRPOConfig) -> RunResult | None:
             log_probs=lambda prompt, done: source.log_probs([Experience(prompt, c.tokens, 0.0, 0) for c in done]),
         )  # fmt: skip
     engine = server or Engine.of(model, config.slots)
-    source = RolloutSource(config, model, engine, prompts, score)
+    source = RolloutSource(config, model, engine, prompts, score, rewards)
 
     estimate = planned(
         config,
         model,
-        lambda: plan.estimate(
-            model,
-            replace(config, tokens_per_step=config.tokens_per_row),
-            [len(p.tokens) + config.max_new_tokens for p in prompts],
-        ),
+        lambda: plan.estimate(model, config, [len(p.tokens) + config.max_new_tokens for p in prompts]),
         lambda found: plan_table(config, model, source, found),
     )
     if config.plan:
@@ -350,6 +360,8 @@ def plan_table(config: GRPOConfig, model: Model, source: RolloutSource, estimate
     )
     dealt = "one step" if config.steps_per_rollout == 1 else f"{config.steps_per_rollout} steps"
     grid.add_row("steps", f"{config.steps or source.steps_left():,}; a rollout is dealt out over {dealt}")
+    below = "" if config.clip_low >= 1 else f"{1 - config.clip_low:g} to "
+    grid.add_row("objective", f"{config.loss}, ratios clipped at {below}{1 + config.clip_high:g}, beta {config.beta:g}")
     text, size = model.base.config.get_text_config(), DTYPES[config.dtype].itemsize
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

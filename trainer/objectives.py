@@ -71,6 +71,17 @@ PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 Divergence = Literal["k1", "k2", "k3", "weighted_k3"]
 
 
+CLIPS: dict[str, tuple[float, float]] = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+}
+"""The published (clip_low, clip_high) of each loss; cispo bounds the ratio from above alone. Sources: see `policy_loss`;
+cispo's upper bound, which its paper does not give, is that of ScaleRL (Khatri et al. 2025), arXiv:2510.13786."""
+
+
 def token_weights(loss: PolicyLoss, lengths: list[int], longest: int) -> tuple[list[float], float]:
     """(weight of a token of each completion, the completions' share of the normaliser).
 
@@ -148,8 +159,8 @@ class PolicyGradient:
     """
 
     loss: PolicyLoss = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float | None = None  # None: the loss's own, see CLIPS
+    clip_high: float | None = None
     clip_ratio: float = 0.0  # two-sided clip (0 = off)
     beta: float = 0.0  # weight of the divergence from the reference
     divergence: Divergence = "k3"
@@ -158,6 +169,11 @@ class PolicyGradient:
     temperature: float = 1.0
     budget_mb: int = 0
     grad: str = "exact"
+
+    def __post_init__(self):
+        low, high = CLIPS[self.loss]
+        self.clip_low = low if self.clip_low is None else self.clip_low
+        self.clip_high = high if self.clip_high is None else self.clip_high
 
     def count(self, batch: RolloutBatch) -> float:
         return batch.count

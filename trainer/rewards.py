@@ -260,7 +260,7 @@ class Rewards:
     """
 
     def __init__(self, specs: Sequence[str], *, pool: Verifier | None = None, device: str = "cpu"):
-        self.pool, self.device = pool, device
+        self.pool, self.device = pool or verifier.default(), device
         self.weights: dict[str, float] = {}
         self._functions: dict[str, Callable[[Sequence[Completion]], list[float | None]]] = {}
         for spec in specs:

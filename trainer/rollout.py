@@ -22,7 +22,7 @@ from longtrace.kernels.head.spec import compute_dtype
 from longtrace.kernels.layers.decode import DecodeStack
 from longtrace.kernels.linear import PackedLinear, packs
 
-from .config import Refusal
+from .config import NonFinite, Refusal
 from .model import Model, head_of
 
 HEAD_ROWS = 64  # the head multiplies this many rows a call: a row's logits do not depend on how many there are
@@ -311,9 +311,15 @@ class _Run:
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row: (tokens, log-probs) of logits (n, V), already over the temperature and overwritten, by inverting the
-    cumulative distribution at `uniform` (n,) float64 in [0, 1). The log-probs are those of the whole softmax."""
+    cumulative distribution at `uniform` (n,) float64 in [0, 1). The log-probs are those of the whole softmax. Raises
+    NonFinite."""
     p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # times the whole, which the log-probs divide by
     ends = _ends(p)
+    if bad := int((~ends[:, -1].isfinite()).sum()):  # a NaN or an infinity anywhere in the row
+        raise NonFinite(
+            f"the model's logits are not finite in {bad} of {len(p)} completions being written: its weights have diverged or "
+            "overflow; checkpoints stay as they are (--resume PATH goes on from one, --lr sets a smaller step)"
+        )
     if sampling.temperature == 0:
         tokens = p.argmax(-1)[:, None]
     elif sampling.top_k or sampling.top_p < 1:

@@ -29,7 +29,7 @@ from rich.table import Table
 from longtrace import kernels as K
 
 from . import checkpoint, plan, report, traces
-from .config import Refusal, SFTConfig, TrainConfig, parse_columns, to_yaml
+from .config import NonFinite, Refusal, SFTConfig, TrainConfig, parse_columns, to_yaml
 from .environment import environment
 from .model import DTYPES, Masters, Model, check_model, checkpoint_activations, choose_device, load_model
 from .objectives import SFT, Objective
@@ -51,17 +51,13 @@ class Source(Protocol):
     def state_dict(self) -> dict: ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What its state needs that is no JSON; kept by reference until a checkpoint is written."""
+        """What its state needs that is no JSON, as of the last state_dict; asked for when a checkpoint is written."""
 
     def load_state_dict(self, state: dict, tensors: dict[str, torch.Tensor]) -> None: ...
 
     progress: float  # epochs seen
     tokens_per_row: int
     metrics: dict[str, float]  # what it has to say about the step it gave last
-
-
-class NonFinite(RuntimeError):
-    """Loss or gradients are not finite; the weights were not touched."""
 
 
 class Stopped(Exception):

@@ -129,13 +129,13 @@ class Verifier:
             raise errors[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Verdicts and counts, as plain JSON values, oldest verdict first."""
+        """Verdicts by key (at most `cache` of them) and counts, as plain JSON values, oldest verdict first."""
         with self._lock:
-            return {"verdicts": [[key, value] for key, value in self._cache.items()], "counts": dict(self.counts)}
+            return {"verdicts": dict(self._cache), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with self._lock:
-            self._cache = OrderedDict((key, value) for key, value in state["verdicts"])
+            self._cache = OrderedDict(state["verdicts"])
             self.counts = Counter(state["counts"])
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ def _key(*job: str) -> str:
 
 
 def _path() -> list[str]:
-    return [path or os.getcwd() for path in sys.path]
+    return [path or os.getcwd() for path in (*sys.path, "")]  # the current folder last, where users keep scorers
 
 
 class _Worker:

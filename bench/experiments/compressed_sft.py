@@ -31,12 +31,10 @@ LR, BETAS, EPS, CLIP, WARMUP = 1e-5, (0.9, 0.95), 1e-8, 1.0, 10
 def bench(config: BenchConfig) -> None:
     """Trains, prints the checks, draws compressed_sft.png, writes the record. Raises Refusal if a check fails."""
     config.steps, config.tokens = (10, 256) if config.quick else (config.steps or 300, config.tokens or 1024)
-    names = list(dict.fromkeys(["exact", *(config.impls or ["compressed"])]))
-    if unknown := set(names) - set(RUNS):
-        raise Refusal(f"--impls: found {sorted(unknown)[0]}; accepted: {', '.join(RUNS)}")
-    threads = harness.threads_here(config.threads)
+    chosen, machine = harness.begin(config, RUNS, ["compressed"])
+    names = list(dict.fromkeys(["exact", *chosen]))
+    threads = machine["threads"]
     torch.set_num_threads(threads)
-    machine = harness.machine(threads)
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
         path, weights = sft_throughput._model(config, Path(folder))
         train, held, data = _rows(config, path)

@@ -132,10 +132,34 @@ def test_the_bench_imports_without_the_command_line_parser(tmp_path):
     """A GPU machine may have torch, transformers and rich, but no tyro, datasets or math-verify."""
     code = (
         "import sys\nfor name in ('tyro', 'datasets', 'math_verify', 'liger_kernel', 'trl'): sys.modules[name] = None\n"
-        "from longtrace.bench import gpu, gpu_parts, gpu_sft, traffic\nprint(sorted(gpu.PARTS))"
+        "from longtrace.bench import gpu, gpu_grpo, gpu_parts, gpu_sft, traffic\nprint(sorted(gpu.PARTS))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "parity" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_rollouts_and_steps_run_dry_without_the_optional_packages(tmp_path):
+    """What a lent GPU machine has: torch, transformers and rich; every process of the part starts without the rest."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("tyro", "datasets", "math_verify", "liger_kernel", "trl", "reasoning_gym"):
+        (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
+    code = "from longtrace.bench.gpu import main; main()"
+    path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "--dry-run", "--parts", "grpo", "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert not record["skipped"]
+    assert {(row["impl"], row["case"]) for row in record["rows"]} == {
+        ("longtrace", "rollout, 32 x 8"), ("transformers", "rollout, 32 x 8"), ("longtrace", "GRPO step, 32 x 8"),
+    }  # fmt: skip
+    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in record["rows"])
+    assert record["ratios"]["grpo rollout, 32 x 8: transformers / longtrace"] > 0
 
 
 @pytest.mark.slow
@@ -153,7 +177,7 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
     stopped = {k: v for k, v in record["skipped"].items() if k in gpu.PARTS}
     assert not stopped, stopped
     timed = {row["part"] for row in record["rows"] if row.get("ms")}
-    assert {"head", "attention", "layers", "sft"} <= timed, record["skipped"]
+    assert {"head", "attention", "layers", "sft", "grpo"} <= timed, record["skipped"]
     for part in timed:
         assert (tmp_path / "out" / f"{part}.png").stat().st_size > 5000
     ours = [r for r in record["rows"] if r["part"] == "head" and r.get("key") == "exact"]

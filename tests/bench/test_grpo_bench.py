@@ -27,3 +27,14 @@ def test_curves_and_controls_are_drawn(tmp_path):
     assert [row["impl"] for row in record["rows"]] == ["grpo", "permuted", "sft"]
     assert all(curve[0][0] == 0 and curve[-1][0] == 4 for curves in record["curves"].values() for curve in curves)
     assert record["checks"] == [] and (tmp_path / "grpo_curve.png").stat().st_size > 5000
+
+
+def test_degenerate_groups_are_left_out_and_gradients_are_equal(tmp_path):
+    bench(BenchConfig("experiments/degenerate_groups", quick=True, repeats=1, json=tmp_path / "degenerate.json"))
+    record = json.loads((tmp_path / "degenerate.json").read_text())
+    tokens = {(row["degenerate"], row["impl"]): row["tokens"] for row in record["rows"]}
+    for case, share in (("25% of the groups", 0.25), ("50% of the groups", 0.5), ("75% of the groups", 0.75)):
+        assert tokens[case, "longtrace: left out"] / tokens[case, "kept"] == pytest.approx(1 - share, abs=0.1)
+        assert record["ratios"][case] > 0
+    assert [check.split(":")[0] for check in record["checks"]] == ["holds"] and record["fp32_gradients_differ"] > 0
+    assert (tmp_path / "degenerate_groups.png").stat().st_size > 5000

@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from longtrace.trainer import checkpoint, grpo
-from longtrace.trainer.config import Refusal
+from longtrace.trainer import checkpoint, cli, grpo, rollout, verifier
+from longtrace.trainer.config import NonFinite, Refusal, to_yaml
 from longtrace.trainer.evaluate import cons_at_k, pass_at_k
-from longtrace.trainer.experience import Group, Prompt, RolloutSource
+from longtrace.trainer.experience import (
+    LOG_PROBS,
+    Experience,
+    Group,
+    Prompt,
+    RolloutSource,
+    Step,
+    as_tensors,
+    from_tensors,
+)
 from longtrace.trainer.grpo import GRPOConfig
 from longtrace.trainer.model import Masters, load_model
-from longtrace.trainer.objectives import PolicyGradient, token_weights
+from longtrace.trainer.objectives import CLIPS, PolicyGradient, token_weights
 from longtrace.trainer.rollout import Completion, Engine
 from longtrace.trainer.rows import Row
 
@@ -88,6 +97,157 @@ def test_resuming_is_exact(options, tiny_model, tmp_path):
     assert (part / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
+def like(a, b):
+    """Whether two lists of steps are equal, bit for bit."""
+    plain = [
+        [(s.counted, [(e.prompt, e.completion, e.advantage, e.number) for e in s.experiences]) for s in x]
+        for x in (a, b)
+    ]
+    arrays = [[getattr(e, name) for s in x for e in s.experiences for name in LOG_PROBS] for x in (a, b)]
+    return plain[0] == plain[1] and all(
+        (one is None) == (two is None) and (one is None or (one.dtype, one.tobytes()) == (two.dtype, two.tobytes()))
+        for one, two in zip(*arrays, strict=True)
+    )
+
+
+def steps_of(seed, steps, completions, tokens, log_probs=LOG_PROBS):
+    draw = np.random.default_rng(seed)
+
+    def experience(n):
+        length = int(draw.integers(tokens // 2, tokens + 1))
+        arrays = {name: draw.normal(-1, 1, length).astype(np.float32) for name in log_probs}
+        ids = draw.integers(0, 151_936, length + 200).tolist()
+        return Experience(ids[:200], ids[200:], float(draw.normal()), n, **{"rollout_log_prob": None} | arrays)
+
+    made = [[experience(n) for n in range(completions)] for _ in range(steps)]
+    return [Step(own, [len(e.completion) for e in own] + [7]) for own in made]
+
+
+def test_a_buffer_survives_its_tensors(seed):
+    """With and without reference and old log-probs, steps that hold nothing, no steps at all."""
+    for log_probs in (LOG_PROBS, LOG_PROBS[:1]):
+        steps = [*steps_of(seed, 2, 3, 9, log_probs), Step([], [4, 1]), Step([], [])]
+        assert like(from_tensors(as_tensors(steps)), steps)
+    assert like(from_tensors(as_tensors([Step([], [3])])), [Step([], [3])])
+    assert as_tensors([]) == {} and from_tensors({}) == []
+
+
+def test_a_buffer_of_r1s_size_is_a_few_bytes_a_token(tiny_model, tmp_path, seed):
+    """16 prompts x 16 completions of up to 15,000 tokens with three log-probs each: 16 bytes a token, none of it text."""
+    source, _ = source_of(tiny_model, tmp_path, [[0, 1]])
+    steps = source.buffer = steps_of(seed, 4, 64, 15_000)
+    prompts, completions = (
+        sum(len(getattr(e, x)) for s in steps for e in s.experiences) for x in ("prompt", "completion")
+    )
+    state = source.state_dict()
+    assert len(json.dumps(state)) < 2000
+    source.tokens_per_row = 16_000
+    assert source.next() and len(source.buffer) == 3  # the loop goes on; what is saved is the boundary
+    tensors = {f"source.{name}": tensor for name, tensor in source.tensors().items()}
+    saved = checkpoint.save(tmp_path / "checkpoints", 1, tensors, {"source": state}, keep_last=1)
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    assert size < 4 * prompts + 16 * completions + 50_000
+    tensors, state = checkpoint.load(saved)
+    source.load_state_dict(state["source"], {name.removeprefix("source."): x for name, x in tensors.items()})
+    assert like(source.buffer, steps) and source.steps == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_a_damaged_buffer_is_refused(damage, tiny_model, tmp_path):
+    out = tmp_path / "run"
+    grpo.grpo(config_of(tiny_model(), out, steps=1, steps_per_rollout=2))
+    file = out / "checkpoints" / "step-00000001" / "other.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Refusal, match=f"other.safetensors: {damage}"):
+        grpo.grpo(config_of(tiny_model(), out, steps=2, steps_per_rollout=2, resume="auto"))
+
+
+def test_a_state_without_its_buffer_is_refused(tiny_model, tmp_path, seed):
+    source, _ = source_of(tiny_model, tmp_path, [[0, 1]])
+    source.buffer = steps_of(seed, 3, 2, 5)
+    with pytest.raises(Refusal, match="rollout buffer holds 0 steps, its state says 3"):
+        source.load_state_dict(source.state_dict(), {})
+
+
+def test_verdicts_are_not_asked_for_twice(tiny_model, tmp_path):
+    """A scorer in the pool that says something else once the run was interrupted: resumed, it is not asked again."""
+    (tmp_path / "tests_moody.py").write_text(
+        "import os\n"
+        "def scorer(answer, gold):\n"
+        "    with open('asked', 'a') as file: file.write(answer + '\\n')\n"
+        "    return (0.1 if os.path.exists('interrupted') else 0.2) * int(answer)\n"
+    )
+    (tmp_path / "tests_pooled_reward.py").write_text(
+        "from longtrace.trainer import verifier\n"
+        "def lengths(completions, rows):\n"
+        "    return verifier.default().check([('tests_moody:scorer', str(len(t) % 3), '') for t in completions])\n"
+    )
+    options = dict(reward=["tests_pooled_reward:lengths"], steps=5, save_every=3, keep_last=2)
+
+    def new_process():
+        verifier.default().close()
+        verifier.default.cache_clear()
+
+    new_process()
+    try:
+        whole = grpo.grpo(config_of(tiny_model(), tmp_path / "whole", **options))
+        new_process()
+        grpo.grpo(config_of(tiny_model(), tmp_path / "part", **options | {"steps": 3}))
+        new_process()
+        (tmp_path / "interrupted").touch()
+        again = grpo.grpo(config_of(tiny_model(), tmp_path / "part", **options, resume="auto"))
+        asked = (tmp_path / "asked").read_text().split()
+        assert sorted(asked) == ["0", "0", "1", "1", "2", "2"], "once in each of two runs"
+        for name in ("loss", "reward", "verifier_asked", "verifier_cached"):
+            assert [row[name] for row in again.metrics] == [row[name] for row in whole.metrics], name
+        assert whole.metrics[0]["verifier_asked"] == 16 and whole.metrics[-1]["verifier_cached"] == 16
+        a, b = weights(tmp_path / "whole"), weights(tmp_path / "part")
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    finally:
+        new_process()
+
+
+def test_clips_are_the_losss_own_and_a_run_folder_says_which(tiny_model, tmp_path):
+    for loss, clips in CLIPS.items():
+        found = grpo.check(config_of(tiny_model(), tmp_path / "out", loss=loss))
+        assert (found.clip_low, found.clip_high) == clips
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml(found))
+        again = grpo.check(cli.parse("grpo", GRPOConfig, ["--config", str(file)]))
+        assert again == found
+    found = grpo.check(config_of(tiny_model(), tmp_path / "out", loss="gspo", clip_low=0.0, clip_high=1.0))
+    assert (found.clip_low, found.clip_high) == (0.0, 1.0)
+
+
+def test_a_model_that_diverged_ends_a_rollout_with_one_line(tiny_model, tmp_path, capsys, monkeypatch):
+    """NaN and infinite logits: exit 1, and the checkpoints are as they were."""
+    out = tmp_path / "run"
+    grpo.grpo(config_of(tiny_model(), out, steps=1))
+    held = {file: file.read_bytes() for file in (out / "checkpoints").rglob("*") if file.is_file()}
+    generate = rollout.Engine.generate
+
+    def broken_by(value):
+        def run(self, *args, **kwargs):
+            with torch.no_grad():
+                self.model.get_output_embeddings().weight[7] = value
+            return generate(self, *args, **kwargs)
+
+        return run
+
+    for value in (math.nan, math.inf):
+        monkeypatch.setattr(rollout.Engine, "generate", broken_by(value))
+        with pytest.raises(NonFinite, match="logits are not finite in 16 of 16"):
+            grpo.grpo(config_of(tiny_model(), out, steps=2, resume="auto"))
+    assert {file: file.read_bytes() for file in (out / "checkpoints").rglob("*") if file.is_file()} == held
+    arguments = ["--model", str(tiny_model()), "--data", CHAINS, "--out", str(tmp_path / "other"), "--max-tokens", "160",
+                 "--max-new-tokens", "16", "--dtype", "fp32", "--steps", "1"]  # fmt: skip
+    assert cli.main(["grpo", *arguments]) == 1
+    assert "longtrace grpo: the model's logits are not finite" in capsys.readouterr().err
+
+
 def source_of(tiny_model, tmp_path, rewards, **changes):
     """A source whose rollouts are made up: group i has rewards[i]."""
     config = grpo.check(config_of(tiny_model(), tmp_path / "out", **changes))
@@ -124,6 +284,39 @@ def test_degenerate_groups_leave_and_change_nothing(loss, tiny_model, tmp_path):
     assert sum(len(b.documents) for b in batches) == sum(map(len, rewards))
     assert count == pytest.approx(whole)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_each_reward_may_be_normalised_by_itself(tiny_model, tmp_path):
+    """GDPO, written out: within its group, weighted, summed, over the batch's deviation; what no reward tells apart leaves."""
+    from longtrace.trainer.rewards import Rewards
+
+    config = grpo.check(
+        config_of(tiny_model(), tmp_path / "out", scale_rewards="each", reward=["format", "overlong:16:8=0.5"])
+    )
+    model = load_model(config)
+    prompts = grpo.read_prompts(config.data, model, config)
+    one = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, math.nan]])  # the last one was cut off
+    two = np.array([[0, 2, 1, 3], [5, 5, 5, 5], [0, 0, 2, 2], [2, 0, 2, 0]], dtype=float)
+
+    def score(asked, done):
+        return np.nansum([one, 0.5 * two], 0).flatten(), {"format": one.flatten(), "overlong:16:8": two.flatten()}
+
+    class Engine:
+        def generate(self, *args, **kwargs):
+            return [[Completion([5, 6], [-1.0, -1.0], (g, n) != (3, 3)) for n in range(4)] for g in range(4)]
+
+    source = RolloutSource(config, model, Engine(), prompts, score, Rewards(config.reward))
+    found = [e for step in source._roll_out(lambda text: None) for e in step.experiences]
+
+    def normalised(x):
+        x = np.nan_to_num(x)  # cut off: not right
+        return (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True, ddof=1) + 1e-4)
+
+    total = normalised(one) + 0.5 * normalised(two)
+    expected = (total / (total.std(ddof=1) + 1e-4)).flatten()
+    assert np.ptp((one + 0.5 * two)[2]) == 0
+    assert source.metrics["groups_mixed"] == 3, "a group of equal sums whose parts differ is mixed"
+    np.testing.assert_allclose([e.advantage for e in found], expected[expected != 0], rtol=1e-6)
 
 
 def test_the_reference_follows_every_so_many_steps(tiny_model, tmp_path):
@@ -250,7 +443,9 @@ def test_token_weights_are_the_papers_normalisers():
         ({"steps_per_rollout": 5}, "--steps-per-rollout 5"),
         ({"max_new_tokens": 160}, "--max-new-tokens 160"),
         ({"reference_reset": 4}, "--reference-reset needs --beta"),
-        ({"tokens_per_step": 4096}, "--tokens-per-step"),
+        ({"loss": "cispo", "clip_low": 0.2}, "--loss cispo bounds ratios by --clip-high alone"),
+        ({"loss": "cispo", "clip_ratio": 7.0}, "--loss cispo bounds ratios by --clip-high alone"),
+        ({"clip_high": -0.1}, "--clip-high -0.1"),
         ({"tokens_per_row": 100}, "--tokens-per-row 100"),
         ({"reward": ["accuracies"]}, "--reward accuracies"),
         ({"max_tokens": 40}, "a prompt of"),

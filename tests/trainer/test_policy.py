@@ -86,8 +86,9 @@ def written_out(objective, experiences, hidden, weight):
 
 
 OPTIONS = [
-    {},
-    {"clip_ratio": 1.3},
+    {},  # each loss's own clips
+    {"clip_low": 0.2, "clip_high": 0.2},
+    {"clip_low": 0.2, "clip_high": 0.2, "clip_ratio": 1.3},
     {"beta": 0.1},
     {"beta": 0.1, "divergence": "k1"},
     {"beta": 0.1, "divergence": "k2"},
@@ -182,6 +183,14 @@ def test_leave_one_out_is_the_mean_baseline_rescaled(seed):
     mean = K.group_advantages(rewards, [0, 7], scale="none").values
     others = K.group_advantages(rewards, [0, 7], scale="none", baseline="leave_one_out").values
     torch.testing.assert_close(others, 7 / 6 * mean)
+
+
+def test_every_loss_has_its_papers_clips():
+    assert {loss: (o.clip_low, o.clip_high) for loss in LOSSES for o in [PolicyGradient(loss)]} == {
+        "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0),
+    }  # fmt: skip
+    given = PolicyGradient("gspo", clip_low=0.0, clip_high=0.3)
+    assert (given.clip_low, given.clip_high) == (0.0, 0.3), "what is given stands, 0 too"
 
 
 def test_a_huge_ratio_stays_finite():

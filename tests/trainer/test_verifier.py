@@ -286,7 +286,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(scorers):
         for name in "abc":
             pool.check([scorers("equal", name, name)])
         pool.check([scorers("equal", "a", "a"), scorers("equal", "d", "d")])  # b is the oldest now
-        kept = [json.loads(key)[1] for key, _ in pool.state_dict()["verdicts"]]
+        kept = [json.loads(key)[1] for key in pool.state_dict()["verdicts"]]
         assert kept == ["c", "a", "d"]
         many = [scorers("equal", str(i), str(i % 2)) for i in range(10)]  # more than the cache holds, in one call
         assert pool.check(many) == [float(i == i % 2) for i in range(10)]
