@@ -25,6 +25,7 @@ BENCHES = {
     "gpu": "parity and times of everything on this GPU beside its peers (make bench-gpu)",
     "experiments/grpo_curve": "what GRPO teaches: three seeds beside permuted rewards and more fine-tuning",
     "experiments/degenerate_groups": "what leaving out groups with equal rewards saves of a GRPO step, and equal gradients",
+    "experiments/grpo_chain_sum": "what GRPO teaches SmolLM2-135M about sums: paired differences of three seeds",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -34,7 +35,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/degenerate_groups, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -53,6 +54,8 @@ class BenchConfig:
     """Optimizer steps per process (0 = 3; experiments 300); sft_throughput does not time the first."""
     threads: int = 0
     """Threads of every process (0 = the cores this one may use)."""
+    seeds: list[int] | None = None
+    """Of experiments/grpo_chain_sum: seeds to run (none = 0 1 2); the record keeps its other ones."""
     impls: list[str] | None = None
     """Implementations to time (none = all that are installed). Of gpu: parts."""
     dry_run: bool = False
