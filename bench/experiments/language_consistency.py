@@ -28,11 +28,11 @@ WORDS = {
     "Latin": {"+": "plus", "-": "minus", "*": "times", "=": "gives"},
     "Cyrillic": {"+": "плюс", "-": "минус", "*": "на", "=": "даёт"},
 }
-ERRORS = {"Latin": 0.15, "Cyrillic": 0.05}  # share of the teacher's steps that are wrong
+ERRORS = {"Latin": 0.15, "Cyrillic": 0.03}  # share of the teacher's steps that are wrong
 SWITCHES = 0.25  # of the lines are written in the other alphabet than the line before
-LINES = 6  # of working
-COLD_START, RL, SEEDS = 800, 30, (0, 1, 2)  # steps, steps, runs of each arm
-PROBLEMS, HELD_OUT, SAMPLES = 9600, 256, 4
+LINES = 4  # of working
+COLD_START, RL, SEEDS = 1000, 30, (0, 1, 2)  # steps, steps, runs of each arm
+PROBLEMS, HELD_OUT, SAMPLES = 9600, 128, 4
 WEIGHTS = {"accuracy": 0.0, "accuracy + language": 1.0}  # of the share of Latin words in the reward
 COLOURS = {"accuracy": "#c0392b", "accuracy + language": "#2f6fde"}
 

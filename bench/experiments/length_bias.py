@@ -28,11 +28,14 @@ from ..harness import console
 from ..head_report import _figure
 from . import toy
 
-LINES = 3  # of working
-FILLER, GO_ON = "\nhm", 8 / 9  # the teacher writes another with this chance: 8 in the mean, whatever the answer
+LINES = 2  # of working
+# a filler word for each verdict: with one for both, so small a policy hardly tells them apart
+FILLER = {"low": "\nok", "high": "\nhm"}
+GO_ON = 16 / 17  # the teacher writes another with this chance: 16 in the mean, whatever the verdict
 TOKENS, LONGEST = 6 * LINES + 4, 96  # of an answer without filler (digit, lines, verdict, done, end), and at most
-COLD_START, RL, SEEDS = 600, 30, (0, 1, 2)  # steps, steps, runs of each arm
+COLD_START, RL, SEEDS = 500, 30, (0, 1, 2)  # steps, steps, runs of each arm
 PROBLEMS, LAST = 6000, 10  # LAST: steps over which the end of a run is averaged
+ALONE = r"\n?\d+\. |\d|" + "|".join([*FILLER.values(), "\ndone"])  # a token each
 ARMS: dict[str, tuple[PolicyLoss, str]] = {
     "grpo": ("grpo", "low"),
     "dr_grpo": ("dr_grpo", "low"),
@@ -52,10 +55,10 @@ def rows(count: int) -> Iterator[dict]:
             lines.append(f"{i}. {value} {sign} {b} = {_then(value, sign, b)}")
             value = _then(value, sign, b)
         filler = int(math.log(1 - rng.random()) / math.log(GO_ON))  # geometric: no length is any nearer the end
-        working = "\n".join([str(digit), *lines, "low" if value < 5 else "high"])
+        verdict = "low" if value < 5 else "high"
         yield {
             "problem": "Which digit ends low?\n" + "\n".join(f"{i}. {s} {b}" for i, (s, b) in enumerate(operations, 1)),
-            "trace": working + FILLER * filler + "\ndone",
+            "trace": "\n".join([str(digit), *lines, verdict]) + FILLER[verdict] * filler + "\ndone",
         }
 
 
@@ -85,7 +88,7 @@ def ends_low(problem: str, text: str) -> bool:
 
 
 def _noted(completions: list[str], verdicts: list[float]) -> list[float]:
-    _rollouts.append([(verdict, text.count(FILLER)) for verdict, text in zip(verdicts, completions)])
+    _rollouts.append([(verdict, sum(map(text.count, FILLER.values()))) for verdict, text in zip(verdicts, completions)])
     return verdicts
 
 
@@ -127,7 +130,7 @@ def bench(config: BenchConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as name:
         folder = Path(name)
         teacher = list(rows(PROBLEMS))
-        cold = toy.cold_start(folder, teacher, steps=cold_start, alone=rf"\n?\d+\. |\d|{FILLER}")
+        cold = toy.cold_start(folder, teacher, steps=cold_start, alone=ALONE)
         problems = toy.write_rows(folder / "problems.jsonl", ({"problem": row["problem"]} for row in teacher))
         for seed in seeds:
             for number, (arm, (loss, reward)) in enumerate(ARMS.items()):
@@ -186,7 +189,7 @@ def _row(arm: str, found: dict[str, list]) -> dict:
     row = {"impl": arm, "start": _start(found)}
     for key in ("wrong", "right", "reward"):
         ends = _ends(found[key])
-        row |= {key: float(np.mean(ends)), f"{key}_seeds": ", ".join(f"{end:.1f}" for end in ends)}
+        row |= {key: float(np.mean(ends)), f"{key}_seeds": ", ".join(f"{end:.3g}" for end in ends)}
     return row
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from longtrace.bench import BenchConfig, bench
 from longtrace.bench.experiments import language_consistency, length_bias
-from longtrace.trainer import answers, rewards, tasks
+from longtrace.trainer import answers, demo, rewards, tasks
 
 
 def test_the_teacher_mixes_alphabets_and_errs_in_one():
@@ -35,11 +35,19 @@ def test_rewards_see_the_first_digit_alone():
     rows = list(length_bias.rows(200))
     verdicts = [length_bias.ends_low(row["problem"], row["trace"]) for row in rows]
     assert verdicts == ["\nlow" in row["trace"] for row in rows] and 70 < sum(verdicts) < 130
-    padded = [row["trace"] + length_bias.FILLER * 9 for row in rows]
+    padded = [row["trace"] + length_bias.FILLER["low"] * 9 for row in rows]
     assert length_bias.low(padded, rows) == [float(v) for v in verdicts]
     assert length_bias.coin(padded, rows) == length_bias.coin([row["trace"] for row in rows], rows)
     assert 70 < sum(length_bias.coin(padded, rows)) < 130
     assert length_bias.low(["", "x"], rows[:2]) == [0, 0]
+
+
+def test_an_answer_has_the_tokens_that_the_paper_counts():
+    rows = list(length_bias.rows(500))
+    tokenizer = demo.learn_tokenizer((row[k] for row in rows for k in ("problem", "trace")), length_bias.ALONE)
+    for row in rows:
+        lines = sum(row["trace"].count(word) for word in length_bias.FILLER.values())
+        assert len(tokenizer(row["trace"])["input_ids"]) + 1 == length_bias.TOKENS + lines, "with the end token"
 
 
 def test_the_push_on_paper_is_that_of_sampled_groups(seed):
