@@ -26,6 +26,8 @@ BENCHES = {
     "experiments/grpo_curve": "what GRPO teaches: three seeds beside permuted rewards and more fine-tuning",
     "experiments/degenerate_groups": "what leaving out groups with equal rewards saves of a GRPO step, and equal gradients",
     "experiments/grpo_chain_sum": "what GRPO teaches SmolLM2-135M about sums: paired differences of three seeds",
+    "experiments/language_consistency": "GRPO with and without the language reward, working in two alphabets: consistency and accuracy",
+    "experiments/length_bias": "filler of right and wrong answers under GRPO's 1/|o| and Dr. GRPO's constant, beside the push on paper",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -35,7 +37,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/language_consistency, experiments/length_bias, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None

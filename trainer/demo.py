@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,15 +91,21 @@ QUICK = Recipe(
 
 def make_tokenizer(specs: list[str]):
     """A byte-level BPE tokenizer learned from generated rows: digits stand alone, any text can be written."""
+    return learn_tokenizer(
+        text for spec in specs for row in tasks.rows(spec) for text in (row["problem"], row["trace"])
+    )
+
+
+def learn_tokenizer(texts: Iterable[str], alone: str = r"\n?\d+\. |\d|</?think>"):
+    """A byte-level BPE tokenizer learned from texts; what matches `alone` is never merged with what stands beside it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    alone = pre_tokenizers.Split(Regex(r"\n?\d+\. |\d|</?think>"), "isolated")
+    split = pre_tokenizers.Split(Regex(alone), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_only])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     bpe.decoder = decoders.ByteLevel()
-    texts = (text for spec in specs for row in tasks.rows(spec) for text in (row["problem"], row["trace"]))
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
