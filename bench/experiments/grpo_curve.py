@@ -26,6 +26,7 @@ from .. import BenchConfig, harness
 from ..harness import console
 
 SEEDS = (0, 1, 2)
+STUDENT = 4.303  # 95 % of t with two degrees of freedom: three seeds
 SAMPLES, HELD_OUT, EVERY = 4, 128, 10
 ARMS = {"grpo": "GRPO", "permuted": "GRPO, rewards permuted", "sft": "more fine-tuning"}
 _shuffle = random.Random(0)
@@ -67,9 +68,16 @@ def bench(config: BenchConfig) -> None:
     rows = [_row(arm, curves[arm], start, steps) for arm in ARMS]
     by_arm = {row["impl"]: row for row in rows}
     checks = [] if config.quick else _checks(by_arm, start)  # a few steps say nothing
-    columns = {"impl": "", "pass_at_1": "pass@1", "low": "worst seed", "high": "best seed", "seeds": "seeds"}
+    columns = {
+        "impl": "",
+        "pass_at_1": "pass@1",
+        "half": "+- (95 %)",
+        "low": "worst seed",
+        "high": "best seed",
+        "seeds": "seeds",
+    }
     harness.print_table(
-        "Held-out pass@1 at temperature 1", columns, rows, dict.fromkeys(("pass_at_1", "low", "high"), ".3f")
+        "Held-out pass@1 at temperature 1", columns, rows, dict.fromkeys(("pass_at_1", "half", "low", "high"), ".3f")
     )
     for check in checks:
         console.print(check, style="green" if check.startswith("holds") else "bold red", highlight=False)
@@ -143,8 +151,9 @@ def _rate(recipe, folder: Path) -> float:
 
 def _row(arm: str, curves: list[list[tuple[int, float]]], start: float, steps: int) -> dict:
     final = [curve[-1][1] for curve in curves]
-    return {"impl": arm, "pass_at_1": float(np.mean(final)), "low": min(final), "high": max(final), "start": start, "steps": steps,
-            "seeds": ", ".join(f"{value:.3f}" for value in final)}  # fmt: skip
+    half = STUDENT * float(np.std(final, ddof=1)) / len(final) ** 0.5 if len(final) == len(SEEDS) else None
+    return {"impl": arm, "pass_at_1": float(np.mean(final)), "half": half, "low": min(final), "high": max(final), "start": start,
+            "steps": steps, "seeds": ", ".join(f"{value:.3f}" for value in final)}  # fmt: skip
 
 
 def _picture(path: Path, curves: dict[str, list], note: str) -> None:
