@@ -8,31 +8,32 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/r1} scale=${SCALE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a model this small a second thread waits more than it computes
 [ ! -e "$out" ] || { echo "$out is there already: pass another folder" >&2; exit 2; }
-chain=generated:chain,steps=8,modulus=10 facts=$here/facts.jsonl
-common=(--max-tokens 256 --dtype fp32 --activation-checkpointing off)
+chain=generated:chain,steps=4,modulus=10 facts=$here/facts.jsonl
+common=(--max-tokens 128 --dtype fp32 --activation-checkpointing off)
 
 train() { # NAME MODEL STEPS LR SOURCE...
   longtrace sft --model "$out/$2" --out "$out/$1" "${common[@]}" --tokens-per-row 704 --steps $((${3} / scale)) --lr "$4" \
     --warmup 0.05 --data "${@:5}"
 }
 reinforce() { # NAME MODEL STEPS SOURCE...
-  longtrace grpo --model "$out/$2" --out "$out/$1" "${common[@]}" --tokens-per-row 2048 --max-new-tokens 100 \
+  longtrace grpo --model "$out/$2" --out "$out/$1" "${common[@]}" --tokens-per-row 2048 --max-new-tokens 80 \
     --reward accuracy format=0.1 --steps $((${3} / scale)) --lr 3e-4 --warmup 0 --data "${@:4}"
 }
 solve() { # reasoning on problems that cannot have been in training, and what else the model knew
   echo "$1, reasoning and facts:"
-  longtrace evaluate --model "$out/$1" --data "$chain,split=test" --limit $((300 / scale)) --max-new-tokens 100 \
+  longtrace evaluate --model "$out/$1" --data "$chain,split=test" --limit $((300 / scale)) --max-new-tokens 80 \
     --temperature 1 --batch-size 300 --out "$out/$1-reasoning.json"
-  longtrace evaluate --model "$out/$1" --data "$facts" --max-new-tokens 100 --temperature 1 --out "$out/$1-facts.json"
+  longtrace evaluate --model "$out/$1" --data "$facts" --max-new-tokens 80 --temperature 1 --out "$out/$1-facts.json"
 }
 
 # The base (R1: V3-Base) knows facts, and answers problems with a guess.
 longtrace demo --base-only --out "$out/demo"
-train base demo/base 800 3e-3 "$chain,style=answer,rows=8000" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts"
+mix=("$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts") # eight times over, or they would be too few
+train base demo/base 500 3e-3 "$chain,style=answer,rows=4000" "${mix[@]}" "${mix[@]}"
 solve base
 
 # 1. Cold start (R1: thousands of long traces): a careless teacher's, every seventh step wrong.
-train cold base 800 3e-3 "$chain,errors=0.15,rows=6000"
+train cold base 700 3e-3 "$chain,errors=0.15,rows=6000,seed=1"
 solve cold
 
 # 2. Reinforcement learning on reasoning.
@@ -40,11 +41,11 @@ reinforce rl cold 60 "$chain,rows=2000,seed=2"
 solve rl
 
 # 3. Rejection sampling from it: four tries at each problem, right ones in the right format, two of them at most.
-longtrace sample --model "$out/rl" --out "$out/sampled" --data "$chain,rows=$((2000 / scale)),seed=3" --samples 4 \
-  --max-new-tokens 100 --require accuracy format --per-problem 2
+longtrace sample --model "$out/rl" --out "$out/sampled" --data "$chain,rows=$((1000 / scale)),seed=3" --samples 4 \
+  --max-new-tokens 80 --require accuracy format --per-problem 2
 
 # 4. Fine-tuning, from the base again, on what was kept and on other data (R1: 600k and 200k).
-train sft base 800 3e-3 "$out/sampled/kept.jsonl" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts"
+train sft base 700 3e-3 "$out/sampled/kept.jsonl" "${mix[@]}"
 solve sft
 
 # 5. Reinforcement learning on everything.

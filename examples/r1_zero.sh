@@ -4,7 +4,6 @@
 #
 #   examples/r1_zero.sh [FOLDER]        default runs/r1-zero; SCALE=20 divides the work by 20 (a smoke test)
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/r1-zero} scale=${SCALE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # on a model this small a second thread waits more than it computes
 [ ! -e "$out" ] || { echo "$out is there already: pass another folder" >&2; exit 2; }
@@ -16,16 +15,20 @@ solve() { # solved rate of a model on 300 problems that cannot have been in trai
     --temperature 1 --batch-size 300 --out "$out/$1.json"
 }
 
-# The base: 0.4M weights that learn from problems with bare answers, from facts, and from few worked traces of a careless
-# teacher (one row in ten; every seventh step is wrong). It answers at once, and guesses: a tenth is luck.
+train() { # NAME MODEL STEPS LR SOURCE...
+  longtrace sft --model "$out/$2" --out "$out/$1" "${common[@]}" --tokens-per-row 704 --steps $((${3} / scale)) --lr "$4" \
+    --warmup 0.05 --data "${@:5}"
+}
+
+# The base: 0.4M weights that read the worked examples of a careless teacher first (every seventh step is wrong), and then
+# bare answers with one worked example in twenty. It answers at once, and guesses: a tenth is luck.
 longtrace demo --base-only --out "$out/demo"
-longtrace sft --model "$out/demo/base" --out "$out/base" "${common[@]}" --tokens-per-row 704 --steps $((1600 / scale)) \
-  --lr 3e-3 --warmup 0.05 \
-  --data "$chain,style=answer,rows=24000" "$chain,errors=0.15,rows=4000,seed=1" "$here/facts.jsonl"
+train worked demo/base 700 3e-3 "$chain,errors=0.15,rows=9000"
+train base worked 300 1e-3 "$chain,style=answer,rows=7000,seed=1" "$chain,errors=0.15,rows=350,seed=1"
 solve base
 
 # Reinforcement learning, nothing else: R1-Zero's two rewards, accuracy and format. Watch accuracy, format and tokens climb.
 longtrace grpo --model "$out/base" --out "$out/zero" "${common[@]}" --tokens-per-row 2048 --max-new-tokens 80 \
-  --data "$chain,rows=2000,seed=2" --reward accuracy format --steps $((100 / scale)) --lr 3e-4 --warmup 0
+  --data "$chain,rows=2000,seed=2" --reward accuracy format --steps $((80 / scale)) --lr 3e-4 --warmup 0
 solve zero
 echo "accuracy and length against steps: $out/zero/report.html"

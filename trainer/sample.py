@@ -123,6 +123,8 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     with said_of("--require"):
         rewards = Rewards(config.require, device=str(choose_device(config.device)))
     context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None) or 2**62
+    if config.max_new_tokens >= context:
+        raise Refusal(f"--max-new-tokens {config.max_new_tokens:,}: accepted: below the model's context ({context:,})")
     bad: list[str] = []
     problems = 0
 
@@ -169,10 +171,10 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
 def load_engine(config: SampleConfig) -> Engine:
     """What writes the completions."""
-    model, tokenizer = load_for_generation(config.model, choose_device(config.device))
+    model, tokenizer = load_for_generation(config.model, choose_device(config.device), DTYPES.get(config.dtype, "auto"))
     model.set_attn_implementation(K.register_attention())
     fuse_layers(model)
-    return Engine(model if config.dtype == "auto" else model.to(DTYPES[config.dtype]), tokenizer, config.slots)
+    return Engine(model, tokenizer, config.slots)
 
 
 def weights_fingerprint(model) -> str:

@@ -263,6 +263,7 @@ def test_refusals(tiny_model, tmp_path, written):
     refused("--stop: found an empty string", stop=[""])
     refused("--require: found none", require=[])
     refused("--require taste: accepted: accuracy", require=["taste"])
+    refused(r"--max-new-tokens 512: accepted: below the model's context \(512\)", max_new_tokens=512)
     refused(r"a prompt of \d+ tokens; accepted: up to 12 \(the model's context", max_new_tokens=500)
     (tmp_path / "rows.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "no answer"}\n')
     refused("rows.jsonl:2: nothing to check with", data=[str(tmp_path / "rows.jsonl")])
