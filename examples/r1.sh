@@ -26,18 +26,20 @@ solve() { # reasoning on problems that cannot have been in training, and what el
   longtrace evaluate --model "$out/$1" --data "$facts" --max-new-tokens 80 --out "$out/$1-facts.json"
 }
 
-# The base (R1: V3-Base) knows facts, and answers problems with a guess.
+# The base (R1: V3-Base) has read worked examples (a careless teacher's, every seventh step wrong), knows facts, and answers
+# problems at once, with a guess: worked examples are one in twenty of what it read last.
 longtrace demo --base-only --out "$out/demo"
 mix=("$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts") # eight times over, or they would be too few
-train base demo/base 700 3e-3 "$chain,style=answer,rows=500" "${mix[@]}"
+train worked demo/base 800 3e-3 "$chain,errors=0.15,rows=4000" "${mix[@]}"
+train base worked 500 2e-3 "$chain,style=answer,rows=1000,seed=1" "$chain,errors=0.15,rows=50,seed=1" "${mix[@]}"
 solve base
 
-# 1. Cold start (R1: thousands of long traces): a careless teacher's, every seventh step wrong.
-train cold base 500 3e-3 "$chain,errors=0.15,rows=6000,seed=1"
+# 1. Cold start (R1: thousands of long traces): the careless teacher's again.
+train cold base 200 1e-3 "$chain,errors=0.15,rows=3000,seed=1"
 solve cold
 
 # 2. Reinforcement learning on reasoning.
-reinforce rl cold 50 "$chain,rows=2000,seed=2"
+reinforce rl cold 40 "$chain,rows=2000,seed=2"
 solve rl
 
 # 3. Rejection sampling from it: four tries at each problem, right ones in the right format, two of them at most.
@@ -45,7 +47,7 @@ longtrace sample --model "$out/rl" --out "$out/sampled" --data "$chain,rows=$((1
   --max-new-tokens 80 --require accuracy format --per-problem 2
 
 # 4. Fine-tuning, from the base again, on what was kept and on other data (R1: 600k and 200k).
-train sft base 500 3e-3 "$out/sampled/kept.jsonl" "${mix[@]}"
+train sft base 400 2e-3 "$out/sampled/kept.jsonl" "${mix[@]}"
 solve sft
 
 # 5. Reinforcement learning on everything.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# R1-Zero at toy scale: reinforcement learning straight from a base model that has seen the reasoning format only rarely.
+# R1-Zero at toy scale: reinforcement learning straight from a base model that hardly ever uses the reasoning format.
 # Minutes on a CPU, nothing downloaded. What to expect stands behind each step, and in docs/r1.md.
 #
 #   examples/r1_zero.sh [FOLDER]        default runs/r1-zero; SCALE=20 divides the work by 20 (a smoke test)
@@ -21,13 +21,14 @@ train() { # NAME MODEL STEPS LR SOURCE...
 }
 
 # The base: 0.4M weights that read the worked examples of a careless teacher first (every seventh step is wrong), and then
-# bare answers with one worked example in twenty. It answers at once, and guesses: a tenth is luck.
+# bare answers with one worked example in twenty. It answers at once, and guesses: expect 11 % (a tenth is luck), 4 tokens.
 longtrace demo --base-only --out "$out/demo"
 train worked demo/base 700 3e-3 "$chain,errors=0.15,rows=9000"
 train base worked 300 1e-3 "$chain,style=answer,rows=7000,seed=1" "$chain,errors=0.15,rows=350,seed=1"
 solve base
 
-# Reinforcement learning, nothing else: R1-Zero's two rewards, accuracy and format. Watch accuracy, format and tokens climb.
+# Reinforcement learning, nothing else: R1-Zero's two rewards. Expect format from 0.02 to 0.5 in 10 steps and 0.96 in 20,
+# tokens from 5 to 31 with it, accuracy from 0.12 to 0.4 in 40 steps and 0.6 in 80; then 65 % of the held-out problems.
 longtrace grpo --model "$out/base" --out "$out/zero" "${common[@]}" --tokens-per-row 2048 --max-new-tokens 80 \
   --data "$chain,rows=2000,seed=2" --reward accuracy format --steps $((80 / scale)) --lr 3e-4 --warmup 0
 solve zero
