@@ -32,24 +32,24 @@ longtrace demo --base-only --out "$out/demo"
 mix=("$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts" "$facts") # eight times over, or they would be too few
 train worked demo/base 800 3e-3 "$chain,errors=0.15,rows=4000" "${mix[@]}"
 train base worked 500 2e-3 "$chain,style=answer,rows=1000,seed=1" "$chain,errors=0.15,rows=50,seed=1" "${mix[@]}"
-solve base
+solve base # expect 11 % reasoning (a tenth is luck), all of 64 facts
 
 # 1. Cold start (R1: thousands of long traces): the careless teacher's again.
 train cold base 200 1e-3 "$chain,errors=0.15,rows=3000,seed=1"
-solve cold
+solve cold # 52 % (0.85^4 of the teacher's examples end right); 22 % of the facts: the rest is forgotten
 
 # 2. Reinforcement learning on reasoning.
 reinforce rl cold 40 "$chain,rows=2000,seed=2"
-solve rl
+solve rl # 95 %, 20 %
 
 # 3. Rejection sampling from it: four tries at each problem, right ones in the right format, two of them at most.
 longtrace sample --model "$out/rl" --out "$out/sampled" --data "$chain,rows=$((1000 / scale)),seed=3" --samples 4 \
-  --max-new-tokens 80 --require accuracy format --per-problem 2
+  --max-new-tokens 80 --require accuracy format --per-problem 2 # expect 3,804 right of 4,000, 1,004 kept
 
 # 4. Fine-tuning, from the base again, on what was kept and on other data (R1: 600k and 200k).
 train sft base 400 2e-3 "$out/sampled/kept.jsonl" "${mix[@]}"
-solve sft
+solve sft # 99 %, all of the facts
 
 # 5. Reinforcement learning on everything.
 reinforce r1 sft 20 "$chain,rows=2000,seed=4" "$facts"
-solve r1
+solve r1 # 99 %, all of the facts: one group in sixteen still has something to teach
