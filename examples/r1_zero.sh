@@ -28,7 +28,7 @@ train base worked 300 1e-3 "$chain,style=answer,rows=7000,seed=1" "$chain,errors
 solve base
 
 # Reinforcement learning, nothing else: R1-Zero's two rewards. Expect format from 0.02 to 0.5 in 10 steps and 0.96 in 20,
-# tokens from 5 to 31 with it, accuracy from 0.12 to 0.4 in 40 steps and 0.6 in 80; then 65 % of the held-out problems.
+# tokens from 5 to 31 with it, accuracy from 0.12 to 0.4 in 40 steps and 0.6 in 80; then 64 % of the held-out problems.
 longtrace grpo --model "$out/base" --out "$out/zero" "${common[@]}" --tokens-per-row 2048 --max-new-tokens 80 \
   --data "$chain,rows=2000,seed=2" --reward accuracy format --steps $((80 / scale)) --lr 3e-4 --warmup 0
 solve zero
