@@ -26,6 +26,7 @@ COMMANDS = {
         "versions, processor, which backend serves each op, and a self-check",
     ),
     "prepare": (".prepare", "PrepareConfig", "prepare", "audit traces: what would be lost, what would be learned"),
+    "sample": (".sample", "SampleConfig", "sample", "rejection sampling: a model's right answers as rows to train on"),
     "sft": (".train", "SFTConfig", "sft", "fine-tune a model on packed traces"),
     "grpo": (".grpo", "GRPOConfig", "grpo", "reinforcement learning on problems whose answers can be checked"),
     "evaluate": (".evaluate", "EvaluateConfig", "evaluate", "solved rate of a model on problems, by generation"),

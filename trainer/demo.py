@@ -48,6 +48,8 @@ class DemoConfig:
     """Less training, a shorter control and a lower bar, in under a minute: for continuous integration."""
     seed: int = 0
     """Seeds the weights, the problems and their order."""
+    base_only: bool = False
+    """Only make the untrained model and its tokenizer, in OUT/base: where the pipelines of examples/ begin."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def make_model(tokenizer, seed: int):
 
 
 def demo(config: DemoConfig) -> dict:
-    """Runs the demo, leaves OUT/{base,sft,control,rl}, OUT/summary.json and OUT/report.html, and returns the summary.
+    """Runs the demo, leaves OUT/{base,sft,control,rl}, OUT/summary.json and OUT/report.html, and returns the summary;
+    with `base_only` leaves OUT/base alone.
 
     Raises Refusal when OUT holds something else, and SystemExit(1) when the trained model misses the recipe's bar.
     """
@@ -194,6 +197,9 @@ def _demo(config: DemoConfig) -> dict:
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
     parameters = sum(p.numel() for p in model.parameters())
+    if config.base_only:
+        console.print(f"a Llama with {parameters:,} random weights: {out / 'base'}", markup=False, soft_wrap=True)
+        return {"parameters": parameters}
     example = held_out[0]
     console.print(
         f"A Llama with {parameters:,} random weights, and problems such as this one, which it has not seen:\n"

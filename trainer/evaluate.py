@@ -256,9 +256,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for spec in config.data:
         if spec.startswith("generated:") and tasks.parse(spec).split == "train":
             console.print(f"[yellow]{escape(spec)} are training problems; add split=test for held-out ones[/]")
-    model, tokenizer = load_for_generation(config.model, choose_device(config.device))
-    if config.dtype != "auto":
-        model.to(DTYPES[config.dtype])
+    # not `model.to(dtype)`: it would round rotary frequencies
+    model, tokenizer = load_for_generation(config.model, choose_device(config.device), DTYPES.get(config.dtype, "auto"))
     torch.manual_seed(config.seed)
     result = solved_rate(
         model,

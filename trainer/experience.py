@@ -7,8 +7,6 @@ whose rewards are all equal carry no gradient: they leave before the forward and
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import re
 import time
@@ -30,25 +28,13 @@ from .config import Refusal
 from .evaluate import prompt_of
 from .model import DTYPES, Model
 from .objectives import token_weights
+from .prompts import Prompt, fingerprint
 from .rewards import Rewards
 from .rollout import Completion, Sampling
-from .rows import Row
 from .source import IGNORE, RolloutBatch
 from .verifier import Verifier
 
 REFLECTION = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.I)  # R1's list
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem as the model is asked it."""
-
-    tokens: list[int]
-    row: Row
-    thinking: bool | None  # True: the template has opened the thought
-
-    def text_of(self, completion: str) -> str:
-        return "<think>\n" + completion if self.thinking else completion
 
 
 @dataclass
@@ -145,11 +131,7 @@ class RolloutSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(np.asarray([len(prompt.tokens), *prompt.tokens], dtype="<i8").tobytes())
-            digest.update(json.dumps([prompt.row.answer, prompt.row.raw.get("tests")], default=str).encode())
-        return digest.hexdigest()
+        return fingerprint(self.prompts)
 
     def state_dict(self) -> dict:
         self._at_boundary = self.buffer

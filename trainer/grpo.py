@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
@@ -17,14 +16,14 @@ from rich.table import Table
 
 from . import checkpoint, plan, traces
 from .answers import final_answer
-from .config import Refusal, TrainConfig, parse_columns
-from .evaluate import cons_at_k, pass_at_k, prompt_of
-from .experience import Experience, Prompt, RolloutSource, sampling_of
+from .config import Refusal, TrainConfig
+from .evaluate import cons_at_k, pass_at_k
+from .experience import Experience, RolloutSource, sampling_of
 from .grpo_report import grpo_report
 from .model import DTYPES, Model, check_model, load_model
 from .objectives import CLIPS, Divergence, PolicyGradient, PolicyLoss
-from .rewards import Completion as Scored
-from .rewards import Rewards, kind_of
+from .prompts import Prompt, as_scored, prompts_of
+from .rewards import Rewards
 from .rewards import score as verdicts
 from .rollout import Completion, Engine
 from .rollout_server import ServerEngine
@@ -216,30 +215,13 @@ def read_prompts(
     Raises Refusal at the first that cannot be used, or with config.skip_bad_rows leaves it out and says how many.
     """
     bad: list[str] = []
-    rows = chain.from_iterable(
-        traces.read_rows(spec, columns=parse_columns(config.columns), skip_bad_rows=config.skip_bad_rows, bad_rows=bad)
-        for spec in specs
-    )
-    template = traces.chat_template(model.tokenizer, config.template)
-    longest = config.max_tokens - config.max_new_tokens
-    prompts = []
-    for row in islice(rows, limit or None):
-        text = model.tokenizer.apply_chat_template(
-            prompt_of(row), chat_template=template, tokenize=False, add_generation_prompt=True
+    prompts = list(
+        prompts_of(
+            specs, model.tokenizer, template=config.template, columns=config.columns, limit=limit,
+            longest=config.max_tokens - config.max_new_tokens, room="--max-tokens less --max-new-tokens",
+            checkable=checkable, skip_bad_rows=config.skip_bad_rows, bad_rows=bad,
         )
-        tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if checkable and kind_of(row) is None:
-            bad.append(f"{row.where}: nothing to check with; accepted: rows with an answer or tests")
-        elif len(tokens) > longest:
-            bad.append(
-                f"{row.where}: a prompt of {len(tokens):,} tokens; accepted: up to {longest:,} (--max-tokens less "
-                "--max-new-tokens)"
-            )
-        else:
-            prompts.append(Prompt(tokens, row, text.rstrip().endswith("<think>") or None))
-            continue
-        if not config.skip_bad_rows:
-            raise Refusal(bad[-1])
+    )  # fmt: skip
     if bad:
         console.print(f"{len(bad):,} rows left out, the first: {bad[0]}", markup=False)
     if not prompts:
@@ -310,14 +292,6 @@ def grpo(config: GRPOConfig) -> RunResult | None:
     page = grpo_report(config.out)
     console.print(f"model and tokenizer in {config.out}; the run's story in {page}", markup=False, soft_wrap=True)
     return result
-
-
-def as_scored(tokenizer, asked: Sequence[Prompt], done: Sequence[Completion]) -> list[Scored]:
-    """Completions as text, with what rewards read besides."""
-    return [
-        Scored(tokenizer.decode(c.tokens, skip_special_tokens=True), p.row, c.finished, p.thinking, len(c.tokens))
-        for p, c in zip(asked, done)
-    ]
 
 
 def evaluate(engine: Engine, prompts: list[Prompt], config: GRPOConfig) -> dict[str, float]:

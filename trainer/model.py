@@ -168,9 +168,11 @@ def load_trained(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedMo
         return PeftModel.from_pretrained(model, source, use_safetensors=True)
 
 
-def load_for_generation(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for_generation(
+    source: str, device: torch.device, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (merged, if the folder holds LoRA adapters) and tokenizer, ready for `generate`."""
-    tokenizer, model = load_tokenizer(source), load_trained(source)
+    tokenizer, model = load_tokenizer(source), load_trained(source, dtype)
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return model.to(device).eval(), tokenizer
 

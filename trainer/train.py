@@ -421,6 +421,9 @@ def _line(row: dict, steps: int) -> str:
         parts.append(f"mfu {row['mfu']:.0%}")
     if "reward" in row:
         parts.append(f"reward {row['reward']:.3f}")
+        of = [name for name in row if name.startswith("reward_") and name != "reward_std"]
+        parts += [f"{name.removeprefix('reward_')} {row[name]:.2f}" for name in of if len(of) > 1]
+        parts.append(f"{row['completion_tokens']:.0f} tokens")
     parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in ("eval_loss", "eval_pass@1") if name in row]
     return " | ".join([*parts, f"epoch {row['epoch']:.2f}"])
 

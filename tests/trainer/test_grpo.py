@@ -25,6 +25,7 @@ from longtrace.trainer.model import Masters, load_model
 from longtrace.trainer.objectives import CLIPS, PolicyGradient, token_weights
 from longtrace.trainer.rollout import Completion, Engine
 from longtrace.trainer.rows import Row
+from longtrace.trainer.train import _line
 
 CHAINS = "generated:chain,steps=2,modulus=10,rows=40"
 
@@ -69,6 +70,14 @@ def test_a_run_leaves_a_model_metrics_samples_and_a_page(tiny_model, tmp_path, c
     assert "Reinforcement learning of" in page and "What it writes" in page and "<svg" in page
     before, after = weights(tiny_model()), weights(out)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_line_of_a_step_tells_rewards_and_length():
+    row = dict(loss=0.0, lr=1e-4, grad_norm=1.0, tok_per_sec=9.0, mfu=None, epoch=0.5, completion_tokens=41.6)
+    row |= {"reward": 1.25, "reward_std": 0.5, "reward_accuracy": 0.75}
+    assert _line(row, 9).endswith("| reward 1.250 | 42 tokens | epoch 0.50"), "one reward is its sum"
+    row["reward_format"] = 0.5
+    assert _line(row, 9).endswith("| reward 1.250 | accuracy 0.75 | format 0.50 | 42 tokens | epoch 0.50")
 
 
 def test_more_of_what_is_rewarded(tiny_model, tmp_path):
