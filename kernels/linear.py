@@ -7,7 +7,7 @@ it and on any number of threads, which torch's products do not promise.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtrace.kernels import backend, extension
 
@@ -15,11 +15,14 @@ PANEL = 32  # weight rows side by side
 
 
 def packs(*weights: Tensor) -> bool:
-    """Whether weights (N, K) can be packed here."""
-    native = torch.bfloat16 if extension.BF16_OPERANDS else torch.float32
-    if not extension.LOADED or backend.forced() not in (None, "cpu"):
+    """Whether weights (N_i, K), of one dtype, can be packed here."""
+    if not extension.LOADED or backend.forced() not in (None, "cpu") or len({w.dtype for w in weights}) != 1:
         return False
-    return all(w.device.type == "cpu" and w.dtype in (native, torch.float32) for w in weights)
+    native = torch.bfloat16 if extension.BF16_OPERANDS else torch.float32
+    return weights[0].dtype in (native, torch.float32) and all(
+        w.device.type == "cpu" and w.ndim == 2 and w.stride(1) == 1 and type(w) in (Tensor, nn.Parameter)
+        for w in weights
+    )
 
 
 class PackedLinear:

@@ -264,6 +264,12 @@ class MetricsLog:
         self._file.flush()
         self._rows.append(row)
 
+    def amend(self, values: dict) -> None:
+        """Adds to the last row, which a step wrote."""
+        row = self._rows.pop()
+        self._file.truncate(self.path.stat().st_size - len(json.dumps(row)) - 1)
+        self.append(row | values)
+
     def rows(self) -> list[dict]:
         """All rows: those kept and those appended."""
         return list(self._rows)

@@ -52,6 +52,11 @@ def parse(name: str, config_class: type, arguments: list[str]):
         given = {
             a.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for a in arguments if a.startswith("--")
         }
+        for key, others in getattr(
+            config_class, "FOLLOWS", {}
+        ).items():  # what the file resolved for another value of key
+            if key in given and _value(arguments, key) != str(fields.get(key)):
+                fields = {name: value for name, value in fields.items() if name not in others}
         # the file's values become flags too, so both are checked by the same parser
         for key in fields.keys() - given:
             arguments = [*arguments, *as_flag(key, fields[key])]
@@ -64,6 +69,13 @@ def as_flag(key: str, value) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
     return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+
+
+def _value(arguments: list[str], key: str) -> str:
+    """What the flags say for a key that takes one value."""
+    flags = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    at = [i for i, flag in enumerate(flags[:-1]) if flag.lstrip("-").replace("-", "_") == key and flag.startswith("--")]
+    return flags[at[-1] + 1] if at else ""
 
 
 def usage() -> str:

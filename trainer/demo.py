@@ -298,6 +298,10 @@ def _demo(config: DemoConfig) -> dict:
 def _fresh_folder(config: DemoConfig) -> Path:
     """The folder, emptied of an earlier demo; whatever else it holds is refused."""
     marker = config.out / "demo.yaml"
+    if config.base_only and any((config.out / name).exists() for name in ("sft", "control", "rl")):
+        raise Refusal(
+            f"--out {config.out}: holds a whole demo, which --base-only would take away; accepted: another folder"
+        )
     if marker.is_file():
         for name in ("base", "sft", "control", "rl"):
             shutil.rmtree(config.out / name, ignore_errors=True)

@@ -188,7 +188,11 @@ class RolloutSource:
     @property
     def _run(self) -> dict:
         """What a place in the data, and a buffer, mean nothing without."""
-        return {"--seed": self.config.seed, "a reference (--beta)": bool(self.config.beta)}
+        return {
+            "--seed": self.config.seed,
+            "a reference (--beta)": bool(self.config.beta),
+            "--temperature": self.config.temperature,  # the buffer's log-probs are at it
+        }
 
     # ---- a rollout ------------------------------------------------------------------------------------------------
 
@@ -371,7 +375,9 @@ class RolloutSource:
         rewards = np.concatenate([g.rewards for g in groups])
         lengths = np.array([len(c.tokens) for c in completions])
         constant = [g for g in groups if not g.mixed and np.isfinite(g.rewards).any()]
-        right = [g for g in constant if np.nanmax(g.rewards, initial=-math.inf) > 0]
+        # by the verdicts where there are any: a wrong answer may well be paid for its format
+        marks = [g.parts.get("accuracy", g.rewards) for g in constant]
+        right = [m for m in marks if np.nanmax(m, initial=-math.inf) > 0]
         texts = [self.model.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
         words = sum(len(text.split()) for text in texts)
         told = {

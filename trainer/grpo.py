@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from rich.console import Console
@@ -39,6 +39,12 @@ EVALUATION = 2**32 - 1  # stands where training has the number of a rollout
 @dataclass(kw_only=True)
 class GRPOConfig(TrainConfig):
     """Group-relative policy optimisation: reinforcement learning on prompts whose answers can be checked."""
+
+    FOLLOWS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss": ("clip_low", "clip_high", "scale_rewards"),
+        "engine": ("importance_cap",),
+    }
+    """Options whose default depends on another's value: a config file's are forgotten where a flag changes that."""
 
     data: list[str]
     """Prompts: rows with a problem and an answer (file.jsonl, file.parquet, hub/name), generated:chain,steps=4, reasoning_gym:chain_sum."""

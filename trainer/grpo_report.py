@@ -178,9 +178,11 @@ def _time(steps: list[dict]) -> str:
     written, trained = sum(column(steps, "generated")[1]), sum(column(steps, "tokens")[1])
     if not everything or not generating:
         return ""
-    training = max(everything - generating, 1e-9)
+    scoring = sum(column(steps, "score_seconds")[1])
+    training = max(everything - generating - scoring, 1e-9)
     rows = [
         ["generating", duration_text(generating), f"{100 * generating / everything:.0f} %", short_count(written), round(written / generating)],
+        ["scoring", duration_text(scoring), f"{100 * scoring / everything:.0f} %", "", ""],
         ["training", duration_text(training), f"{100 * training / everything:.0f} %", short_count(trained), round(trained / training)],
     ]  # fmt: skip
     return table(["", "time", "share", "tokens", "tokens per second"], rows)

@@ -313,15 +313,16 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     """One token a row: (tokens, log-probs) of logits (n, V), already over the temperature and overwritten, by inverting the
     cumulative distribution at `uniform` (n,) float64 in [0, 1). The log-probs are those of the whole softmax. Raises
     NonFinite."""
+    best = logits.argmax(-1) if sampling.temperature == 0 else None
     p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # times the whole, which the log-probs divide by
     ends = _ends(p)
-    if bad := int((~ends[:, -1].isfinite()).sum()):  # a NaN or an infinity anywhere in the row
+    if bad := int((~ends[:, -1].isfinite()).sum()):  # a NaN, an infinity, or nothing above -inf
         raise NonFinite(
             f"the model's logits are not finite in {bad} of {len(p)} completions being written: its weights have diverged or "
             "overflow; checkpoints stay as they are (--resume PATH goes on from one, --lr sets a smaller step)"
         )
-    if sampling.temperature == 0:
-        tokens = p.argmax(-1)[:, None]
+    if best is not None:
+        tokens = best[:, None]
     elif sampling.top_k or sampling.top_p < 1:
         values, columns = _nucleus(p, ends[:, -1:], sampling.top_k, sampling.top_p)
         tokens = columns.gather(1, _invert(values, _ends(values), uniform)[:, None])

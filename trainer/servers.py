@@ -36,7 +36,7 @@ class Server:
         try:
             import httpx2
         except ImportError as error:
-            raise Refusal(f"--server {url} needs httpx2: pip install 'longtrace[rl]'") from error
+            raise Refusal(f"--server {url} needs httpx2: pip install 'longtrace[rl]' (Python 3.11 or newer)") from error
         self.url, self.timeout, self.broken = url, timeout, httpx2.RequestError
         self.turn = asyncio.Semaphore(connections)  # what waits for its turn is not timed
         self.client = httpx2.AsyncClient(

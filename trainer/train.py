@@ -249,7 +249,7 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
     history = checkpoint.MetricsLog(out / "metrics.jsonl", step)
     track = tracker(config.tracker, out.name, out, asdict(config))
 
-    started, last_line, loss = time.perf_counter(), 0.0, math.nan
+    started, last_line, loss, began_at = time.perf_counter(), 0.0, math.nan, step
     with (
         stop_signals() as stop,
         contextlib.closing(history),
@@ -271,6 +271,22 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
                 raise Stopped
             bar.update(task, line=text)
 
+        def due() -> bool:
+            return evaluate is not None and (step == steps or bool(config.eval_every and step % config.eval_every == 0))
+
+        def judged() -> dict[str, float]:
+            nonlocal best, stopped_early
+            found = evaluate()
+            error = next(iter(found.values()))
+            better = best["loss"] is None or error < best["loss"]
+            best = {"loss": error, "bad": 0} if better else {"loss": best["loss"], "bad": best["bad"] + 1}
+            stopped_early = 0 < config.patience <= best["bad"]
+            return found
+
+        last = (history.rows() or [{}])[-1]
+        if step and due() and last.get("step") == step and not any(name.startswith("eval_") for name in last):
+            history.amend(judged())  # it failed, and that ended the run
+
         while step < steps and not stopped_early:
             boundary = state()
             tick = time.perf_counter()
@@ -283,11 +299,13 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
             except Stopped:
                 batches = []
             except Refusal:  # of a server that writes the rollouts, say: nothing of what was learned is lost
-                save(boundary)
+                if step > began_at:
+                    save(boundary)
                 raise
             if stop:
                 save(boundary)
                 raise SystemExit(stop[0])
+            sourced = time.perf_counter() - tick
             count = sum(objective.count(batch) for batch in batches)
             loss_sum, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
             for batch in batches:
@@ -344,21 +362,17 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
                 **{key: value / max(supervised, 1) for key, value in metrics.items()},
                 **source.metrics,
             }
+            if "generated" in row:  # the step without its rollout
+                row["train_tok_per_sec"] = tokens / (dt - sourced)
 
             # ---- evaluate ----------------------------------------------------------------------------------------------
-            due = config.eval_every and step % config.eval_every == 0
-            if evaluate and (due or step == steps):
+            if due():
                 try:
-                    found = evaluate()
+                    row |= judged()
                 except Refusal:
                     history.append(row)
                     save(state())
                     raise
-                row |= found
-                error = next(iter(found.values()))
-                better = best["loss"] is None or error < best["loss"]
-                best = {"loss": error, "bad": 0} if better else {"loss": best["loss"], "bad": best["bad"] + 1}
-                stopped_early = 0 < config.patience <= best["bad"]
             history.append(row)
             track.log(row, step)
 

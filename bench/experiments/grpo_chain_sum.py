@@ -1,6 +1,6 @@
 """Does GRPO teach a language model of 135M weights to add? reasoning_gym's chain_sum, each seed against its own start.
 
-Sums and differences of two or three digits; what the test asks is never trained on (the same terms in another order may
+Sums and differences of two or three one-digit terms; what the test asks is never trained on (the same terms in another order may
 be). The held-out problems are answered before and after, four times each at temperature 1: the mean difference of a
 problem's two rates has a bootstrap interval over problems. Greedy answers show what narrower sampling cannot explain.
 """
@@ -262,7 +262,7 @@ def _checks(seeds: list[dict]) -> list[str]:
 
 
 def _picture(path: Path, rows: list[dict], curves: dict[str, list[float]], note: str) -> None:
-    figure, (rewards, rates) = _figure("GRPO on sums of two or three digits", note, 2, 4)
+    figure, (rewards, rates) = _figure("GRPO on sums of two or three one-digit terms", note, 2, 4)
     width = min(5, *map(len, curves.values()))
     for i, name in enumerate(sorted(curves)):
         curve = np.array(curves[name])

@@ -1,4 +1,4 @@
-"""One decoding step through the layers of a patched Llama, Mistral, Qwen2 or Qwen3: eleven C++ ops a layer, no modules.
+"""One decoding step through the layers of a patched Llama, Mistral, Qwen2 or Qwen3: eleven ops a layer, no modules.
 
 A step of decoding is a few rows through every weight, and the modules of transformers take longer to call than the rows to
 compute. The weights are packed once, those that share an input together; the numbers are those of the patched modules.
@@ -44,6 +44,7 @@ class _Layer:
     gate_up: PackedLinear
     gelu: bool
     down: PackedLinear
+    number: int  # of its caches
     width: int  # of a head
     kv_heads: int
     scale: float
@@ -64,6 +65,7 @@ class _Layer:
             _packed(mlp.gate_proj, mlp.up_proj),
             type(mlp)._longtrace_kind == "geglu",
             _packed(mlp.down_proj),
+            attention.layer_idx,
             attention.head_dim,
             attention.k_proj.out_features // attention.head_dim,
             attention.scaling,
@@ -91,20 +93,24 @@ class DecodeStack:
 
     def __init__(self, body: nn.Module):
         self.embed, self.rotary = body.embed_tokens, body.rotary_emb
-        self.layers = [_Layer.of(layer) for layer in body.layers]
+        self.layers = [_Layer.of(layer) for layer in body.layers[: body.config.num_hidden_layers]]
         self.norm = _Norm.of(body.norm)
 
     @staticmethod
     def serves(body: nn.Module) -> bool:
         """Whether `body` (a model without its head) is known through and through: patched, and nothing put on top."""
-        layers = getattr(body, "layers", None)
-        if body.config.model_type not in FAMILIES or not isinstance(layers, nn.ModuleList):
+        family = body.config.model_type
+        if family not in FAMILIES or type(body).forward.__module__ != f"transformers.models.{family}.modeling_{family}":
             return False
+        layers = list(body.layers)
         known = [body.norm, *(m for layer in layers for m in layer.modules())]
         return (
             not _hooked(body)
+            and type(body.embed_tokens) is nn.Embedding
             and all(_plain(m) for m in known)
-            and packs(*(p for layer in layers for p in layer.parameters() if p.ndim == 2))
+            and all(type(m) is nn.Linear for layer in layers for m in _linears(layer))
+            and len({p.dtype for p in body.parameters()}) == 1
+            and packs(*(m.weight for layer in layers for m in _linears(layer)))
         )
 
     def __call__(
@@ -117,8 +123,9 @@ class DecodeStack:
         """
         x, residual = self.embed(ids), None
         cos, sin = (each[0] for each in self.rotary(x[None], positions[None]))
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos, sin, at, starts_q, starts_k, keys[i], values[i])
+        for layer in self.layers:
+            own = keys[layer.number], values[layer.number]
+            x, residual = layer(x, residual, cos, sin, at, starts_q, starts_k, *own)
         return self.norm(x, residual)[0]
 
 
@@ -130,9 +137,23 @@ def _hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+
+
 def _plain(module: nn.Module) -> bool:
     """A patched module, a linear layer of torch or an activation, with its class's forward and no hooks."""
     if _hooked(module):
         return False
-    kind = getattr(type(module), "_longtrace_kind", None)
-    return kind in KINDS or type(module) is nn.Linear or next(module.parameters(), None) is None
+    if type(module) is nn.Linear or vars(type(module)).get("_longtrace_kind") in KINDS:  # not a class put on top of it
+        return True
+    return not any(True for found in (module.parameters(), module.buffers(), module.children()) for _ in found)

@@ -73,16 +73,31 @@ def test_against_the_model(name, dtype, most, tiny_model, seed):
             assert gap < most * wholes[i][m].float().abs().max(), (i, m)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16] * extension.BF16_OPERANDS, ids=str)
 @torch.no_grad()
-def test_a_documents_bits_depend_on_it_alone(tiny_model, seed):
-    body = body_of(tiny_model, "qwen3, norms of heads", torch.float32)
+def test_a_documents_bits_depend_on_it_alone(dtype, tiny_model, seed):
+    body = body_of(tiny_model, "qwen3, norms of heads", dtype)
     stack = DecodeStack(body)
     torch.manual_seed(seed)
     texts = torch.randint(5, body.config.vocab_size, (4, 9)).tolist()
-    together, alone = Rows(stack, 4, 9, torch.float32), Rows(stack, 1, 30, torch.float32)
+    together, alone = Rows(stack, 4, 9, dtype), Rows(stack, 1, 30, dtype)
     for n in range(9):
         both = together.step(stack, [0, 1, 2, 3], [n] * 4, [t[n] for t in texts])
         assert torch.equal(alone.step(stack, [0], [n], [texts[2][n]])[0], both[2])
+
+
+@torch.no_grad()
+def test_layers_may_be_left_out(tiny_model, seed):
+    """Caches go by the layers' own numbers, and the config says how many layers run."""
+    body = body_of(tiny_model, "llama", torch.float32)
+    whole = DecodeStack(body)
+    body.config.num_hidden_layers = 1
+    assert len(DecodeStack(body).layers) == 1
+    body.config.num_hidden_layers = 2
+    del body.layers[0]
+    assert [layer.number for layer in whole.layers] == [0, 1] and [
+        layer.number for layer in DecodeStack(body).layers
+    ] == [1]
 
 
 def test_only_what_is_known_is_served(tiny_model):
@@ -99,6 +114,38 @@ def test_only_what_is_known_is_served(tiny_model):
 
     body.layers[1].mlp.up_proj.__class__ = Adapted
     assert not DecodeStack.serves(body)
+    body.layers[1].mlp.up_proj.__class__ = torch.nn.Linear
+    assert DecodeStack.serves(body)
+
+    class Louder(type(body.layers[0].mlp)):  # over the patched class
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    own, body.layers[0].mlp.__class__ = type(body.layers[0].mlp), Louder
+    assert not DecodeStack.serves(body)
+    body.layers[0].mlp.__class__ = own
+
+    class Scaled(type(body)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    own, body.__class__ = type(body), Scaled
+    assert not DecodeStack.serves(body)
+    body.__class__ = own
+
+    class Quantised(torch.nn.Module):  # a linear layer whose weight is a buffer
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("packed", torch.zeros(3))
+
+    linear, body.layers[0].mlp.down_proj = body.layers[0].mlp.down_proj, Quantised()
+    assert not DecodeStack.serves(body)
+    body.layers[0].mlp.down_proj = torch.nn.Module()
+    assert not DecodeStack.serves(body)
+    body.layers[0].mlp.down_proj = linear
+    assert DecodeStack.serves(body)
+    body.norm.weight.data = body.norm.weight.data.bfloat16()
+    assert not DecodeStack.serves(body), "two dtypes"
     plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).base_model
     assert not DecodeStack.serves(plain), "not patched"
     assert not DecodeStack.serves(patch(AutoModelForCausalLM.from_pretrained(tiny_model("gemma3"))).base_model)

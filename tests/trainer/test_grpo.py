@@ -219,6 +219,18 @@ def test_verdicts_are_not_asked_for_twice(tiny_model, tmp_path):
         new_process()
 
 
+def test_a_run_repeats_itself_bit_for_bit(tiny_model, tmp_path):
+    runs = [grpo.grpo(config_of(tiny_model(), tmp_path / name, steps=3)) for name in ("first", "again")]
+    told = [[{k: v for k, v in row.items() if not _timed(k)} for row in run.metrics] for run in runs]
+    assert told[0] == told[1] and len(told[0]) == 3
+    first, again = (weights(tmp_path / name) for name in ("first", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def _timed(name):
+    return name in ("dt", "seconds", "mfu") or name.endswith(("_seconds", "tok_per_sec"))
+
+
 def test_clips_are_the_losss_own_and_a_run_folder_says_which(tiny_model, tmp_path):
     for loss, clips in CLIPS.items():
         found = grpo.check(config_of(tiny_model(), tmp_path / "out", loss=loss))
@@ -227,6 +239,12 @@ def test_clips_are_the_losss_own_and_a_run_folder_says_which(tiny_model, tmp_pat
         file.write_text(to_yaml(found))
         again = grpo.check(cli.parse("grpo", GRPOConfig, ["--config", str(file)]))
         assert again == found
+    for loss, clips in CLIPS.items():  # another loss by a flag: not the file's clips
+        changed = grpo.check(cli.parse("grpo", GRPOConfig, ["--config", str(file), "--loss", loss]))
+        assert (changed.clip_low, changed.clip_high) == clips
+        assert changed.scale_rewards == ("none" if loss == "dr_grpo" else "group_std")
+    kept = cli.parse("grpo", GRPOConfig, ["--config", str(file), "--loss", "cispo", "--clip-high", "3"])
+    assert grpo.check(kept).clip_high == 3
     found = grpo.check(config_of(tiny_model(), tmp_path / "out", loss="gspo", clip_low=0.0, clip_high=1.0))
     assert (found.clip_low, found.clip_high) == (0.0, 1.0)
 

@@ -23,6 +23,8 @@ from longtrace.trainer.rollout import Engine, Sampling
 from longtrace.trainer.rollout_server import ServerEngine
 
 CHAINS = "generated:chain,steps=2,modulus=10,rows=40"
+pytest.importorskip("httpx2", reason="the server engine needs httpx2 (Python 3.11 or newer)")
+
 KINDS = ("vllm", "sglang")
 COMPLETES = {"vllm": "/v1/completions", "sglang": "/generate"}
 LOADS = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}
@@ -568,7 +570,7 @@ def test_an_evaluation_that_fails_loses_no_step(serve, tiny_model, tmp_path):
     server.faults.clear()
     result = grpo.grpo(config_of(server, tiny_model(), out, resume="auto", **changes))
     assert [row["step"] for row in result.metrics] == [1, 2, 3]
-    assert ["eval_pass@1" in row for row in result.metrics] == [False, True, True]
+    assert all("eval_pass@1" in row for row in result.metrics), "the one that failed was made up"
 
 
 def test_a_buffered_rollout_resumes_exactly(serve, tiny_model, tmp_path):
