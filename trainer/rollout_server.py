@@ -68,9 +68,7 @@ class ServerEngine(Engine):
 
         async def look() -> None:
             async with self.kind(self.url, self.timeout, 1) as server:
-                await (
-                    server.version()
-                )  # a server of the other kind, or one that cannot be told to load weights, has none
+                await server.version()  # a server of the other kind, or that cannot load weights, has none
                 self.name, self.context = await server.model()
 
         asyncio.run(look())

@@ -150,7 +150,7 @@ def _grpo(recipe, model: Path, out: Path, seed: int, steps: int, arm: str) -> gr
 
 
 def _rate(recipe, folder: Path) -> float:
-    """Held-out pass@1 of a folder, by the same engine and samples as in the loop."""
+    """Held-out pass@1 of a folder, by the engine of the loop, with the samples of seed 0."""
     config = _grpo(recipe, folder, folder / "unused", 0, 1, "grpo")
     model = load_model(config)
     held_out = grpo.read_prompts(config.eval_data, model, config, limit=HELD_OUT)
