@@ -20,6 +20,7 @@ from .rewards import Completion as Scored
 from .rewards import kind_of
 from .rollout import Completion
 from .rows import Row
+from .shapes import CLOSE, OPEN
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def prompts_of(
             continue
         if not skip_bad_rows:
             raise Refusal(bad[-1])
+
+
+def empty_thought(prompt: str) -> str:
+    """A generation prompt, as text, that goes on with an empty thought: what is written next is an answer without one
+    (BVPO's empty trace, NoThinking). Source: arXiv:2510.05095; Ma et al. 2025, arXiv:2504.09858."""
+    bare = prompt.rstrip()
+    opened = bare.endswith(OPEN)  # by a template that writes it itself
+    return (prompt if not opened else bare.removesuffix(OPEN)) + f"{OPEN}\n\n{CLOSE}\n\n"
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
