@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -21,6 +21,8 @@ class NonFinite(RuntimeError):
 @dataclass(kw_only=True)
 class TrainConfig:
     """What every training command shares: the model, the loop, precision, checkpoints."""
+
+    gradient_buffers: ClassVar[int] = 1  # sets of gradients a step holds: no option, a property of the objective
 
     model: str
     """Hugging Face folder or hub name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,6 +263,19 @@ def add_lora(hf: PreTrainedModel, config: TrainConfig):
     return get_peft_model(hf, lora)
 
 
+@contextlib.contextmanager
+def computing_in(model: Model, dtype: torch.dtype) -> Iterator[None]:
+    """The weights rounded to the compute dtype for a while, as the loop will publish them; then as they were."""
+    kept = {p: p.data for p in model.hf.parameters() if p.dtype != dtype}
+    for parameter, weight in kept.items():
+        parameter.data = weight.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, weight in kept.items():
+            parameter.data = weight
+
+
 class Masters:
     """fp32 masters and fp32 gradients of a model that computes in bf16.
 
@@ -274,6 +288,7 @@ class Masters:
     def __init__(self, model: Model, dtype: torch.dtype):
         self.parameters: dict[str, nn.Parameter] = {}
         self.masters: dict[str, torch.Tensor] = {}
+        self.other: dict[str, torch.Tensor | None] = {}  # a second set of gradients, of BVPO's other path
         for name, parameter in model.hf.named_parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -334,6 +349,24 @@ class Masters:
     def zero_grad(self) -> None:
         for master in self.masters.values():
             master.grad = None
+
+    def swap_gradients(self) -> None:
+        """Backwards add to the second set of gradients from here on, and what was added so far becomes the second."""
+        for name, master in self.masters.items():
+            master.grad, self.other[name] = self.other.get(name), master.grad
+
+    def paired_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Both sets, tensor by tensor, zeros where one had no backward through a weight."""
+        for name, master in self.masters.items():
+            if master.grad is None and self.other.get(name) is not None:
+                master.grad = torch.zeros_like(self.other[name])
+            elif master.grad is not None and self.other.get(name) is None:
+                self.other[name] = torch.zeros_like(master.grad)
+        names = [name for name, master in self.masters.items() if master.grad is not None]
+        return [self.masters[n].grad for n in names], [self.other[n] for n in names]
+
+    def drop_other_gradients(self) -> None:
+        self.other = {}
 
 
 @contextlib.contextmanager

@@ -18,17 +18,22 @@ from longtrace import kernels as K
 from .model import Head
 from .source import IGNORE, PackedBatch, RolloutBatch
 
+Sums = dict[str, tuple[float, int]]
+"""Metrics as (sum, of how many): tokens, or pairs. The step's is the sum of the sums over that of the numbers."""
+
 
 class Objective(Protocol):
     def count(self, batch: PackedBatch) -> float:
         """The batch's share of the normaliser (tokens, sequences or pairs)."""
 
-    def __call__(self, hidden: torch.Tensor, head: Head, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        """The summed loss (scalar, differentiable) and metrics as sums over the batch's target tokens."""
+    def __call__(self, hidden: torch.Tensor, head: Head, batch: PackedBatch) -> tuple[torch.Tensor, Sums]:
+        """The summed loss (scalar, differentiable) and what there is to say of the batch."""
 
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
+
+    # `paths` (paths.Paths), if there is one: backwards and the step's gradients go through it
 
 
 class SFT:
@@ -40,7 +45,7 @@ class SFT:
     def count(self, batch: PackedBatch) -> float:
         return int((batch.labels != IGNORE).sum())
 
-    def __call__(self, hidden: torch.Tensor, head: Head, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(self, hidden: torch.Tensor, head: Head, batch: PackedBatch) -> tuple[torch.Tensor, Sums]:
         target = batch.labels[batch.labels != IGNORE]
         coefficient = torch.ones(len(target), device=hidden.device, dtype=torch.float32)
         loss, rows = K.linear_weighted_nll(
@@ -55,7 +60,8 @@ class SFT:
             budget_mb=self.budget_mb,
         )
         told = ("columns_kept", "estimated_dh_error", "estimated_dw_row_error")  # of compressed gradients
-        stats = {f"head_{name}": rows.stats[name] * len(target) for name in told if name in rows.stats}
+        n = len(target)
+        stats = {f"head_{name}": (rows.stats[name] * n, n) for name in told if name in rows.stats}
         return loss, stats if loss.requires_grad else {}
 
     def state_dict(self) -> dict:
@@ -178,7 +184,7 @@ class PolicyGradient:
     def count(self, batch: RolloutBatch) -> float:
         return batch.count
 
-    def __call__(self, hidden: torch.Tensor, head: Head, batch: RolloutBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(self, hidden: torch.Tensor, head: Head, batch: RolloutBatch) -> tuple[torch.Tensor, Sums]:
         target = batch.labels[batch.labels != IGNORE]
         options = dict(
             linear_bias=head.bias,
@@ -194,7 +200,7 @@ class PolicyGradient:
             coefficient = batch.advantage * batch.weight
             loss, rows = K.linear_weighted_nll(hidden, head.weight, target, coefficient, **options)
             surrogate = self._at_ratio_one(rows.log_prob, batch)
-            return loss + (surrogate - loss.detach()), {"entropy": rows.entropy.sum()}
+            return loss + (surrogate - loss.detach()), {"entropy": (float(rows.entropy.sum()), len(target))}
         rows = K.linear_log_prob(hidden, head.weight, target, **options)
         log_prob = rows.log_prob
         old = log_prob.detach() if on_policy else batch.old_log_prob
@@ -219,7 +225,7 @@ class PolicyGradient:
             metrics["kl"] = kl.detach().sum()
         if self.entropy_bonus:
             value = value - self.entropy_bonus * rows.entropy
-        return (value * batch.weight).sum(), {name: float(x.detach()) for name, x in metrics.items()}
+        return (value * batch.weight).sum(), {name: (float(x.detach()), len(target)) for name, x in metrics.items()}
 
     def _at_ratio_one(self, log_prob: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
         """The loss's value where every ratio is 1."""

@@ -262,13 +262,14 @@ def plan_memory(
         weights=total * dtype.itemsize,
         masters=0 if dtype == torch.float32 else 4 * trained,
         optimizer=ADAM_BYTES[config.optimizer] * trained,
-        gradients=4 * trained,
+        gradients=4 * trained * config.gradient_buffers,
         activations=step.activations,
         head=head,
         process=int(PROCESS_BYTES[device]),
         peak=0,
     )
-    memory.peak = memory.process + memory.held + max(step.peak, memory.gradients)
+    other = memory.gradients - 4 * trained  # a second set is there from the first backward on
+    memory.peak = memory.process + memory.held + max(step.peak + other, memory.gradients)
     return memory
 
 
@@ -424,7 +425,7 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
         "head": m.head,
         "process": m.process,
     }
-    grid.add_row("memory", f"about {size_text(m.peak)} at the peak" + _against(m.peak, model.device))
+    grid.add_row("memory", f"about {size_text(m.peak)} at the peak" + against(m.peak, model.device))
     grid.add_row("", ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size))
     other = estimate.peaks[not estimate.checkpointing]
     how, offload = "on" if estimate.checkpointing else "off", config.activation_checkpointing == "offload"
@@ -437,7 +438,7 @@ def table(config: TrainConfig, model: Model, source, steps: int, estimate: Estim
         step_seconds = estimate.seconds_per_token * config.tokens_per_step * source.fill
         grid.add_row(
             "time",
-            f"at least {_seconds(step_seconds)} a step, {_seconds(step_seconds * steps)} in all: "
+            f"at least {seconds_text(step_seconds)} a step, {seconds_text(step_seconds * steps)} in all: "
             f"{estimate.flops_per_token / 1e9:.3g} GFLOP a token at the rates measured here "
             f"({estimate.peak_flops / 1e9:,.0f} GFLOP/s matmul in {config.dtype}), nothing else counted",
         )
@@ -450,13 +451,13 @@ def size_text(size: float) -> str:
     return f"{size / GB:.2f} GB" if size < 10 * GB else f"{size / GB:.1f} GB"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _against(peak: float, device: torch.device) -> str:
+def against(peak: float, device: torch.device) -> str:
     """What the device has, and a warning when the peak does not fit."""
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
     if not has:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -67,6 +67,34 @@ class RolloutBatch(PackedBatch):
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         arrays = {name: None if a is None else a.to(device, non_blocking=True) for name, a in arrays.items()}
         return RolloutBatch(**vars(super().to(device)), **arrays, count=self.count)
+
+
+@dataclass
+class PairBatch(PackedBatch):
+    """A packed row of P preference pairs: documents 2p and 2p + 1 are the chosen and the rejected of pair p."""
+
+    sizes: list[int]  # (2P,) target tokens of each document
+    path: torch.Tensor  # (P,) int64: 0 trace, 1 empty
+    weight: torch.Tensor  # (P,) float64: the pair's share of the loss, before the division by the step's count
+    count: float  # the row's share of the step's normaliser
+    reference: torch.Tensor | None = None  # (2P,) float64: summed log-probs under the reference model
+    group: int = 0  # of the step's prompts: rows whose gradients are one sample of the step's
+    completions: list[int] = field(default_factory=list)  # (2P,) number of each document in the data
+
+    def __post_init__(self):
+        super().__post_init__()
+        targets, pairs = int((self.labels != IGNORE).sum()), len(self.path)
+        assert sum(self.sizes) == targets, f"sizes hold {sum(self.sizes)} of {targets} target tokens"
+        assert len(self.sizes) == 2 * pairs == len(self.cu_seqlens) - 1, f"{pairs} pairs, {len(self.sizes)} completions"
+
+    def to(self, device: torch.device) -> PairBatch:
+        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return PairBatch(
+            **vars(super().to(device)), sizes=self.sizes, path=moved(self.path), weight=moved(self.weight),
+            count=self.count, reference=moved(self.reference), group=self.group, completions=self.completions,
+        )  # fmt: skip
 
 
 def collate(traces: TraceSet, documents: list[int]) -> PackedBatch:

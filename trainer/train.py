@@ -215,6 +215,7 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
     masters = Masters(model, DTYPES[config.dtype])
     optimizer = make_optimizer(config, masters)
     step, best = 0, {"loss": None, "bad": 0}
+    paths = getattr(objective, "paths", None)  # of an objective whose two gradients are kept apart, or looked at apart
 
     def state() -> dict:
         """What a resumed run needs besides weights: taken at step boundaries, so a save may come at any time after."""
@@ -316,15 +317,20 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
                     continue
                 batch = batch.to(device)
                 part, sums = objective(model.hidden(batch), model.head(), batch)
-                (part / count).backward()
+                with paths.of(batch, masters, count) if paths else contextlib.nullcontext():
+                    (part / count).backward()
                 loss_sum += part.detach()
-                for key, value in sums.items():
-                    metrics[key] = metrics.get(key, 0.0) + float(value)
+                for key, (value, n) in sums.items():
+                    value_before, n_before = metrics.get(key, (0.0, 0))
+                    metrics[key] = value_before + value, n_before + n
+            metrics = {key: value / n for key, (value, n) in metrics.items()}
 
             # ---- gate, clip, step ------------------------------------------------------------------------------------
+            loss = float(loss_sum) / (count or 1)
+            if paths:
+                loss = paths.finish(masters, (metrics["loss_trace"], metrics["loss_empty"]))
             gradients = masters.gradients()
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            loss, grad_norm = float(loss_sum) / max(count, 1), float(norm)
+            grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 save(boundary)
                 rows = sorted({row for batch in batches for row in batch.documents})
@@ -359,8 +365,9 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
                 "fill": tokens / max(len(batches) * source.tokens_per_row, 1),
                 "epoch": source.progress,
                 "seconds": time.perf_counter() - started,
-                **{key: value / max(supervised, 1) for key, value in metrics.items()},
+                **metrics,
                 **source.metrics,
+                **(paths.metrics if paths else {}),
             }
             if "generated" in row:  # the step without its rollout
                 row["train_tok_per_sec"] = tokens / (dt - sourced)
@@ -424,6 +431,9 @@ def _print_changes(before: dict, now: dict) -> None:
             console.print(f"  changed since the checkpoint: {key} {before[key]} -> {now[key]}", markup=False)
 
 
+SHOWN = ("eval_loss", "eval_pass@1", "eval_accuracy", "eval_accuracy_trace", "eval_accuracy_empty")
+
+
 def _line(row: dict, steps: int) -> str:
     parts = [
         f"loss {row['loss']:.4f}",
@@ -438,7 +448,10 @@ def _line(row: dict, steps: int) -> str:
         of = [name for name in row if name.startswith("reward_") and name != "reward_std"]
         parts += [f"{name.removeprefix('reward_')} {row[name]:.2f}" for name in of if len(of) > 1]
         parts.append(f"{row['completion_tokens']:.0f} tokens")
-    parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in ("eval_loss", "eval_pass@1") if name in row]
+    for name in ("accuracy", "accuracy_trace", "accuracy_empty", "alpha"):
+        if name in row:
+            parts.append(f"{name.replace('_', ' ')} {row[name]:.2f}")
+    parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in SHOWN if name in row]
     return " | ".join([*parts, f"epoch {row['epoch']:.2f}"])
 
 
@@ -532,7 +545,7 @@ def sft(config: SFTConfig) -> RunResult | None:
         return None
 
     template = traces.chat_template(model.tokenizer, config.template)
-    _stop_at(model, [*data.audit.ends])
+    stop_at(model, [*data.audit.ends])
 
     def begin() -> None:
         audits = {"audit.json": data} | ({"audit-eval.json": held_data} if held_data else {})
@@ -572,7 +585,7 @@ def _hold_out(data: traces.TraceSet, share: float, seed: int) -> tuple[np.ndarra
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _stop_at(model: Model, ends: list[str]) -> None:
+def stop_at(model: Model, ends: list[str]) -> None:
     """Generation stops at the tokens the trained turns end in; the model's own list may lack a template's."""
     generation = model.base.generation_config
     stops = generation.eos_token_id if generation.eos_token_id is not None else []
