@@ -103,38 +103,51 @@ def render(tokenizer, template: str, messages: list[dict[str, Any]], tools: list
     """Renders a row and finds its assistant turns. `template` is jinja text; Refusal where it rejects the row."""
 
     def text_of(part: list[dict[str, Any]], prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            part, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
+        return apply_template(tokenizer, template, part, tools, prompt=prompt)
 
+    text = text_of(messages)
+    turns: list[tuple[int, int]] = []
+    broken = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = text_of(messages[:i], prompt=True) if i else ""
+        upto = text if i == len(messages) - 1 else text_of(messages[: i + 1])
+        if not text.startswith(upto):
+            upto = upto.removesuffix(tokenizer.eos_token or "")  # Phi-3 closes the whole conversation with one more
+        if not text.startswith(upto):
+            broken = broken or f"messages[{i}] renders differently when more turns follow"
+            continue
+        start, difference = turn_start(prompt, upto)
+        broken = broken or (f"messages[{i}]: {difference}" if difference else "")
+        if turns:
+            start = max(start, turns[-1][1])
+        turns.append((min(start, len(upto)), len(upto)))
+    return Rendered(text, turns, broken)
+
+
+def apply_template(
+    tokenizer, template: str, messages: list[dict[str, Any]], tools: list[dict] | None = None, *, prompt: bool = False
+) -> str:
+    """Messages as text, with `prompt` going on with the generation prompt; Refusal where the template rejects them."""
     try:
-        text = text_of(messages)
-        turns: list[tuple[int, int]] = []
-        broken = ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = text_of(messages[:i], prompt=True) if i else ""
-            upto = text if i == len(messages) - 1 else text_of(messages[: i + 1])
-            if not text.startswith(upto):
-                upto = upto.removesuffix(tokenizer.eos_token or "")  # Phi-3 closes the whole conversation with one more
-            if not text.startswith(upto):
-                broken = broken or f"messages[{i}] renders differently when more turns follow"
-                continue
-            start = len(prompt)
-            if not upto.startswith(prompt):
-                start = _common(prompt, upto)
-                broken = broken or (
-                    f"messages[{i}]: the generation prompt goes on with {prompt[start : start + 24]!r} "
-                    f"where the training text has {upto[start : start + 24]!r}"
-                )
-            if turns:
-                start = max(start, turns[-1][1])
-            turns.append((min(start, len(upto)), len(upto)))
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).strip("'\"").partition("\n")[0] or type(error).__name__
         raise Refusal(f"the chat template cannot render this row: {reason}") from None
-    return Rendered(text, turns, broken)
+
+
+def turn_start(prompt: str, text: str) -> tuple[int, str]:
+    """Where the turn that the generation prompt opens starts in the training text, and how the two differ before ('' = not)."""
+    if text.startswith(prompt):
+        return len(prompt), ""
+    start = _common(prompt, text)
+    return start, (
+        f"the generation prompt goes on with {prompt[start : start + 24]!r} "
+        f"where the training text has {text[start : start + 24]!r}"
+    )
 
 
 class Encoder:

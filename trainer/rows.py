@@ -66,11 +66,10 @@ def read_rows(
     (prompts for evaluation and rollouts). A row that cannot be read raises Refusal ("file:line: field: found X; accepted: Y"),
     or with skip_bad_rows is left out and its line appended to `bad_rows`. A source that cannot be opened always raises.
     """
-    for where, item in _items(spec):
+    for where, raw in raw_rows(spec, columns=columns):
         try:
-            if isinstance(item, Refusal):
-                raise item
-            raw = _rename(item, columns or {})
+            if isinstance(raw, Refusal):
+                raise raw
             yield Row(to_messages(raw), to_answer(raw), where, raw, to_tools(raw))
         except Refusal as refusal:
             line = f"{where}: {refusal}"
@@ -78,6 +77,15 @@ def read_rows(
                 raise Refusal(line) from None
             if bad_rows is not None:
                 bad_rows.append(line)
+
+
+def raw_rows(spec: str, *, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+    """(where, fields) of every row of one source, in order, or (where, why it cannot be read), whatever its shape."""
+    for where, item in _items(spec):
+        try:
+            yield where, item if isinstance(item, Refusal) else _rename(item, columns or {})
+        except Refusal as refusal:
+            yield where, refusal
 
 
 def count_rows(spec: str) -> int | None:

@@ -79,8 +79,13 @@ def to_messages(raw: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         raise Refusal(f"fields: found {', '.join(map(str, raw)) or 'none'}; accepted: {SHAPES}")
     if "system" in row and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+        messages.insert(0, {"role": "system", "content": checked_text(row["system"], "system")})
     return _merge(messages)
+
+
+def message_list(value: Any, field: str) -> list[dict[str, Any]]:
+    """A list of messages (role/content or from/value) in the form that `to_messages` gives; Refusal names the `field`."""
+    return _merge(_message_list(value, field))
 
 
 def to_tools(raw: dict[str, Any]) -> list[dict] | None:
@@ -90,11 +95,11 @@ def to_tools(raw: dict[str, Any]) -> list[dict] | None:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise Refusal(f"tools: found {_show(tools)}; accepted: a list of objects, or such a list as JSON") from None
+            raise Refusal(f"tools: found {shown(tools)}; accepted: a list of objects, or such a list as JSON") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Refusal(f"tools: found {_show(tools)}; accepted: a list of objects, or such a list as JSON")
+        raise Refusal(f"tools: found {shown(tools)}; accepted: a list of objects, or such a list as JSON")
     return tools
 
 
@@ -104,7 +109,7 @@ def to_answer(raw: dict[str, Any]) -> str | None:
     if answer is None or answer != answer:  # tables write a missing text as NaN
         return None
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise Refusal(f"answer: found {_show(answer)}; accepted: text or a number")
+        raise Refusal(f"answer: found {shown(answer)}; accepted: text or a number")
     return str(answer)
 
 
@@ -115,7 +120,7 @@ def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     messages = (
         _message_list(prompt, name)
         if isinstance(prompt, list)
-        else [{"role": "user", "content": _text(prompt, name, "text or a list of messages")}]
+        else [{"role": "user", "content": checked_text(prompt, name, "text or a list of messages")}]
     )
     target = next((field for field in (target, "trace", "completion") if field in row), None)
     reasoning = next((field for field in REASONING_FIELDS if field in row), None)
@@ -126,31 +131,31 @@ def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     if target is None and reasoning is None:
         return messages
     accepted = "text" if target == "trace" else "text or a list of messages"
-    content = "" if target is None else _text(row[target], target, accepted)
+    content = "" if target is None else checked_text(row[target], target, accepted)
     if reasoning is not None and CLOSE not in content:
-        content = join_thought(_text(row[reasoning], reasoning), content)
-    return [*messages, {"role": "assistant", "content": _assistant_text(content)}]
+        content = join_thought(checked_text(row[reasoning], reasoning), content)
+    return [*messages, {"role": "assistant", "content": assistant_text(content)}]
 
 
 def _message_list(value: Any, field: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise Refusal(f"{field}: found {_show(value)}; accepted: a list of messages, at least one")
+        raise Refusal(f"{field}: found {shown(value)}; accepted: a list of messages, at least one")
     return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Any, field: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise Refusal(f"{field}: found {_show(message)}; accepted: an object with role and content, or from and value")
+        raise Refusal(f"{field}: found {shown(message)}; accepted: an object with role and content, or from and value")
     message = {key: value for key, value in message.items() if value is not None}
     role_key = "role" if "role" in message else "from"
     text_key = "content" if "content" in message or "value" not in message else "value"
     role = message.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
-        found = _show(role) if role_key in message else f"fields {', '.join(message)}"
+        found = shown(role) if role_key in message else f"fields {', '.join(message)}"
         raise Refusal(f"{field}.{role_key}: found {found}; accepted: {', '.join(ROLES)}")
     reasoning = next((key for key in REASONING_FIELDS if key in message), None)
     if text_key in message:
-        content = _text(message[text_key], f"{field}.{text_key}", "text or a list of text parts")
+        content = checked_text(message[text_key], f"{field}.{text_key}", "text or a list of text parts")
     elif reasoning or "tool_calls" in message:
         content = ""
     else:
@@ -160,11 +165,11 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     out = {"role": ROLES[role], "content": content}
     if out["role"] == "assistant":
         if reasoning and CLOSE not in content:
-            thought = _text(message[reasoning], f"{field}.{reasoning}")
+            thought = checked_text(message[reasoning], f"{field}.{reasoning}")
             content = join_thought(thought, content) if thought.strip() else content
-        out["content"] = _assistant_text(content)
+        out["content"] = assistant_text(content)
     if "channel" in message:
-        out["channel"] = _text(message["channel"], f"{field}.channel")
+        out["channel"] = checked_text(message["channel"], f"{field}.channel")
     out |= {key: message[key] for key in KEPT_KEYS if message.get(key)}
     if "tool_calls" in out:
         out["tool_calls"] = _tool_calls(out["tool_calls"], f"{field}.tool_calls")
@@ -174,7 +179,7 @@ def _message(message: Any, field: str) -> dict[str, Any]:
 def _tool_calls(calls: Any, field: str) -> list[dict]:
     """Tool calls with their arguments as objects: templates write them with `tojson`, which would quote JSON text twice."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Refusal(f"{field}: found {_show(calls)}; accepted: a list of objects")
+        raise Refusal(f"{field}: found {shown(calls)}; accepted: a list of objects")
     out = []
     for call in calls:
         function = dict(call.get("function") or call)
@@ -183,7 +188,7 @@ def _tool_calls(calls: Any, field: str) -> list[dict]:
                 function["arguments"] = json.loads(function["arguments"])
             except ValueError:
                 raise Refusal(
-                    f"{field}.arguments: found {_show(function['arguments'])}; accepted: an object, or one as JSON"
+                    f"{field}.arguments: found {shown(function['arguments'])}; accepted: an object, or one as JSON"
                 ) from None
         out.append(
             {**call, "type": call.get("type", "function"), "function": function} if "function" in call else function
@@ -191,7 +196,7 @@ def _tool_calls(calls: Any, field: str) -> list[dict]:
     return out
 
 
-def _assistant_text(content: str) -> str:
+def assistant_text(content: str) -> str:
     """An assistant text in the one form thoughts are trained in."""
     if "<|channel|>" in content and "<|message|>" in content:
         content = _harmony_text(list(HARMONY.finditer(content)))
@@ -213,7 +218,7 @@ def _harmony_text(segments: list[re.Match]) -> str:
     for segment in segments:
         channel = (segment["channel"] or "final").strip()
         if "to=" in channel or "to=" in (segment["role"] or ""):
-            raise Refusal(f"channel: found a tool call ({_show(channel)}); accepted: analysis, commentary, final")
+            raise Refusal(f"channel: found a tool call ({shown(channel)}); accepted: analysis, commentary, final")
         (thought if channel == "analysis" else final).append(segment["text"].strip())
     if not thought:
         return "\n\n".join(final)
@@ -260,11 +265,12 @@ def _merge(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _text(value: Any, field: str, accepted: str = "text") -> str:
+def checked_text(value: Any, field: str, accepted: str = "text") -> str:
+    """A text, or text parts as one; Refusal (field, found, accepted) for anything else."""
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(_text(part.get("text"), f"{field}.text") for part in value)
+        value = "".join(checked_text(part.get("text"), f"{field}.text") for part in value)
     if not isinstance(value, str):
-        raise Refusal(f"{field}: found {_show(value)}; accepted: {accepted}")
+        raise Refusal(f"{field}: found {shown(value)}; accepted: {accepted}")
     if not value.isascii():
         try:
             value.encode()
@@ -275,11 +281,11 @@ def _text(value: Any, field: str, accepted: str = "text") -> str:
     return value
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error line shows it: type and the start of its JSON."""
     if isinstance(value, str):
         return repr(value[:40] + "…" if len(value) > 40 else value)
     if value is None:
         return "nothing"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown[:40] + '…' if len(shown) > 40 else shown}"
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40] + '…' if len(text) > 40 else text}"

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +24,7 @@ from longtrace.trainer.rows import Row, count_rows, read_rows
 __all__ = ["Audit", "Row", "TraceSet", "audit_traces", "chat_template", "load_traces", "read_rows"]
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 2_000_000
+T = TypeVar("T")
 
 
 @dataclass
@@ -210,8 +212,8 @@ def audit_traces(
             cut = slice(k * length // pieces, (k + 1) * length // pieces)
             documents.append(encoded.ids[cut], encoded.loss_mask[cut], number)
 
-    with _progress(specs, progress) as step:
-        for batch in _batches(numbered()):
+    with progress_bar("Reading traces", specs, progress) as step:
+        for batch in batches(numbered(), lambda item: len(item[2].text)):
             encoded = encoder.encode([rendered for _, _, rendered in batch])
             checked = [check_row(row, r, e, chosen.name) for (_, row, r), e in zip(batch, encoded)]
             if stop_early and not lengths and "no-thought" not in audit.allow:
@@ -267,12 +269,12 @@ def _refuse_hungry_template(rows: list[tuple[Row, list[Finding], dict]]) -> None
         )
 
 
-def _batches(rows: Iterator[tuple[int, Row, Rendered]]) -> Iterator[list[tuple[int, Row, Rendered]]]:
+def batches(rows: Iterable[T], characters_of: Callable[[T], int]) -> Iterator[list[T]]:
     """Groups rows so that the tokenizer's threads have work and memory stays small."""
     batch, characters = [], 0
     for item in rows:
         batch.append(item)
-        characters += len(item[2].text)
+        characters += characters_of(item)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -281,7 +283,7 @@ def _batches(rows: Iterator[tuple[int, Row, Rendered]]) -> Iterator[list[tuple[i
 
 
 @contextmanager
-def _progress(specs: Sequence[str], show: bool) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, specs: Sequence[str], show: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over rows; yields the function that moves it."""
     counts = [count_rows(spec) for spec in specs] if show else []
     total = None if None in counts else sum(counts)
@@ -293,5 +295,5 @@ def _progress(specs: Sequence[str], show: bool) -> Iterator[Callable[[int, int],
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task("Reading traces", total=total, tokens=0)
+        task = bar.add_task(title, total=total, tokens=0)
         yield lambda rows, tokens: bar.update(task, completed=rows, tokens=tokens)
