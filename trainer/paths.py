@@ -103,7 +103,7 @@ class Paths:
             self.active = path
         yield
         mine = path if self.apart else 0
-        held = [m.grad for m in masters.masters.values()]
+        held = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters.masters.values()]
         if self._sketch is None:
             self._sketch = K.CountSketch([m.numel() for m in masters.masters.values()])
         now = self._sketch(held)
@@ -123,9 +123,8 @@ class Paths:
         if len(groups) >= FEWEST:
             samples = [torch.stack([self.samples[path][g] for g in groups]) for path in (0, 1)]
             counts = torch.tensor([self.prompts[g] for g in groups], dtype=torch.float64)
-            found = K.path_statistics(*samples, counts)
-            if bool(found.values.isfinite().all()):  # else the loop's gate stops the step
-                self._estimate(found)
+            if all(bool(s.isfinite().all()) for s in samples):  # else the loop's gate stops the step
+                self._estimate(K.path_statistics(*samples, counts))
         if self.apart:
             self.used = self.alpha
             self._blend(masters)

@@ -175,7 +175,8 @@ def prefer(config: PreferConfig) -> RunResult | None:
         _take_reference(config, model, source, judge, steps)
 
     template = traces.chat_template(model.tokenizer, config.template)
-    stop_at(model, [*pairs.audit.ends])
+    ends = np.unique(pairs.tokens[pairs.offsets[1:] - 1]).tolist()
+    stop_at(model, model.tokenizer.convert_ids_to_tokens(ends))
 
     def begin() -> None:
         audits = {"audit.json": pairs} | ({"audit-eval.json": held} if held else {})
@@ -221,14 +222,14 @@ def hold_out(pairs: PairSet, config: PreferConfig) -> tuple[np.ndarray, np.ndarr
 
 
 def _take_reference(config: PreferConfig, model: Model, source: PairSource, judge: Judge | None, steps: int) -> None:
-    """Gives the source, and the judge, the summed log-probs of the model as it starts: one forward over the first epoch's rows."""
-    batches = source.first_pass(steps)
-    rows = [*batches, *(judge.batches if judge else [])]
+    """Gives source and judge the summed log-probs of the model as it starts: a forward over the first epoch, and held-out pairs."""
     with computing_in(model, DTYPES[config.dtype]):
-        found = reference_log_probs(model, rows, budget_mb=config.head_budget_mb)
-    source.keep_reference(batches, found[: len(batches)])
-    for batch, values in zip(judge.batches if judge else [], found[len(batches) :]):
-        batch.reference = torch.from_numpy(values)
+        batches = source.first_pass(steps)
+        source.keep_reference(batches, reference_log_probs(model, batches, budget_mb=config.head_budget_mb))
+        if judge:
+            found = reference_log_probs(model, judge.batches, budget_mb=config.head_budget_mb)
+            for batch, values in zip(judge.batches, found):
+                batch.reference = torch.from_numpy(values)
 
 
 class Judge:
@@ -279,10 +280,10 @@ class Judge:
             if f"eval_accuracy{suffix}" in row:
                 of = f" ({suffix[1:]})" if suffix else ""
                 low, high = row[f"eval_accuracy_low{suffix}"], row[f"eval_accuracy_high{suffix}"]
-                beats = low > max(0.5, row[f"eval_by_length{suffix}"])
+                above = low > max(0.5, row[f"eval_by_length{suffix}"])
                 console.print(
                     f"held-out accuracy{of} {row[f'eval_accuracy{suffix}']:.3f} (95 %: {low:.3f} to {high:.3f}) of {row['eval_pairs']:,} pairs; "
-                    f"by length alone {row[f'eval_by_length{suffix}']:.3f}: {'better than both' if beats else 'not better than both'} that and 0.5",
+                    f"chance 0.5, length alone {row[f'eval_by_length{suffix}']:.3f}: the interval is {'' if above else 'not '}above both",
                     highlight=False, soft_wrap=True,
                 )  # fmt: skip
 
