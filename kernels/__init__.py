@@ -24,7 +24,17 @@ else:
 
     from longtrace.kernels.advantages import Advantages, group_advantages
     from longtrace.kernels.attention import register_attention, varlen_attention
-    from longtrace.kernels.blend import GradientStats, blend_gradients
+    from longtrace.kernels.blend import (
+        CountSketch,
+        GradientStats,
+        OptimalAlpha,
+        PathStatistics,
+        RunningStatistics,
+        blend_gradients,
+        gradient_variance,
+        optimal_alpha,
+        path_statistics,
+    )
     from longtrace.kernels.explain import explain
     from longtrace.kernels.head import (
         LogProbs,
@@ -39,18 +49,25 @@ else:
     __version__ = version("longtrace")
     __all__ = [
         "Advantages",
+        "CountSketch",
         "GradientStats",
         "LogProbs",
+        "OptimalAlpha",
+        "PathStatistics",
+        "RunningStatistics",
         "blend_gradients",
         "explain",
         "geglu",
+        "gradient_variance",
         "group_advantages",
         "linear_cross_entropy",
         "linear_log_prob",
         "linear_weighted_nll",
+        "optimal_alpha",
         "pack",
         "patch",
         "patched",
+        "path_statistics",
         "plan_chunks",
         "register_attention",
         "rms_norm",
