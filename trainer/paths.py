@@ -41,8 +41,8 @@ class Alpha:
         if text == "auto":
             return Alpha(START, START, auto=True)
         try:
-            first, _, last = text.partition(":")
-            ends = float(first), float(last or first)
+            first, line, last = text.partition(":")
+            ends = float(first), float(last if line else first)
             if not all(0 <= x <= 1 for x in ends):
                 raise ValueError
         except ValueError:
