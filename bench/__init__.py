@@ -16,6 +16,7 @@ except ModuleNotFoundError:  # a GPU machine that has torch and little else: `ma
 BENCHES = {
     "sft_throughput": "tokens per second and peak memory of SFT on the CPU, this trainer and TRL side by side",
     "grpo": "rollouts beside transformers' generate, GRPO steps beside TRL's, tokens per second and memory",
+    "prefer": "tokens per second and peak memory of a DPO step beside TRL's on the same pairs, and the blend of two gradients",
     "head": "time, memory and error of the vocabulary head, forward and backward, beside its peers and three bare GEMMs",
     "attention": "packed attention on the CPU, forward and backward, beside a loop of SDPA, a padded batch and a dense mask",
     "advantages": "group advantages on the CPU, equal and ragged groups, beside TRL's and verl's formulas, with errors",
@@ -37,7 +38,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/language_consistency, experiments/length_bias, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, prefer, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/language_consistency, experiments/length_bias, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None
@@ -45,15 +46,15 @@ class BenchConfig:
     model: str = ""
     """Model folder (none = random weights of SmolLM2-135M's shape)."""
     data: list[str] | None = None
-    """Traces, as `longtrace sft --data` takes them (none = generated tokens)."""
+    """Traces, as `longtrace sft --data` takes them; of prefer pairs, as `longtrace prefer` does (none = generated tokens)."""
     tokens: int = 0
-    """Tokens in a packed row (0 = 8,192; experiments 1,024)."""
+    """Tokens in a packed row (0 = 8,192; experiments 1,024). Of prefer: longest completion, the shortest a quarter of it."""
     document_tokens: int = 0
     """Length of a generated document; 0 = one document fills the row."""
     repeats: int = 3
     """Measurements per implementation, interleaved."""
     steps: int = 0
-    """Optimizer steps per process (0 = 3; experiments 300); sft_throughput does not time the first."""
+    """Optimizer steps per process (0 = 3; experiments 300); sft_throughput and prefer do not time the first."""
     threads: int = 0
     """Threads of every process (0 = the cores this one may use)."""
     seeds: list[int] | None = None

@@ -19,6 +19,7 @@ from .harness import console
 
 ALPHA = 0.3
 GOAL = 0.8  # of a copy's rate
+FASTER = 1.8  # times than torch's foreach ops
 INPUTS = ["smollm2-135m", "tensors:64x65536"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SAMPLE = 1 << 20  # values that errors are taken on
@@ -26,39 +27,61 @@ SAMPLE = 1 << 20  # values that errors are taken on
 
 def bench(config: BenchConfig) -> None:
     """Measures, prints a table a case, draws blend.png, writes the record. Raises Refusal for unusable options."""
-    cases = {name: shapes_of(name) for name in config.inputs or (INPUTS[1:] if config.quick else INPUTS)}
+    inputs = config.inputs or (INPUTS[1:] if config.quick else INPUTS)
+    for name in inputs:
+        shapes_of(name)
     chosen, machine = harness.begin(config, IMPLS)
-    torch.set_num_threads(machine["threads"])
-    rows, ratios, checks, panels = [], {}, [], []
-    for name, shapes in cases.items():
-        for dtype in DTYPES:
-            found = _measure(name, shapes, dtype, chosen, max(config.repeats, 3) * (3 if config.quick else 5))
-            rows += found
-            case = f"{name} {dtype}"
-            times = {row["impl"]: row["ms"] for row in found}
-            for row in found:
-                if row["impl"] == "longtrace":
-                    ratios |= {
-                        f"{case}: {k} / longtrace": ms / row["ms"]
-                        for k, ms in times.items()
-                        if k in IMPLS and k != "longtrace"
-                    }
-                    met = row["of_copy"] >= GOAL
-                    checks.append(
-                        f"{'holds' if met else 'FAILS'}: {case}: {row['of_copy']:.2f} of a copy's rate, at least {GOAL}"
-                    )
-            title = f"{case}: {len(shapes):,} tensors, {sum(map(torch.Size.numel, shapes)) / 1e6:,.1f}M values"
-            harness.print_table(title, COLUMNS, found, FORMATS)
-            panels.append((f"{case}: GB/s", found, "gb_per_s", ",.1f"))
-    for line in checks:
+    repeats = max(config.repeats, 3) * (3 if config.quick else 5)
+    found = work({"inputs": inputs, "chosen": chosen, "threads": machine["threads"], "repeats": repeats})
+    print_tables(found["rows"])
+    for line in found["checks"]:
         console.print(line, style=None if line.startswith("holds") else "bold red", highlight=False)
     record = harness.write_record(
-        "blend", config.json, machine=machine, rows=rows, ratios=ratios, checks=checks,
-        setting="one warm-up turn, implementations in turn, medians",
+        "blend", config.json, machine=machine, **found, setting="one warm-up turn, implementations in turn, medians",
     )  # fmt: skip
     note = f"GB/s of what has to move; {machine['cpu']}, {machine['threads']} threads, {machine['date']}"
+    panels = [(f"{case}: GB/s", rows, "gb_per_s", ",.1f") for case, rows in by_case(found["rows"]).items()]
     harness.bar_picture(record.parent / "blend.png", "Blending two gradients on the CPU", panels[:4], note)
     console.print(f"record in {record}, picture beside it", highlight=False)
+
+
+def work(job: dict) -> dict:
+    """JSON-able rows, ratios and checks of a job's `inputs` and implementations (`chosen`) in both dtypes."""
+    torch.set_num_threads(job["threads"])
+    rows, ratios, checks = [], {}, []
+
+    def check(case: str, value: float, least: float, what: str) -> None:
+        checks.append(f"{'holds' if value >= least else 'FAILS'}: {case}: {value:.2f} {what}, at least {least}")
+
+    for name in job["inputs"]:
+        for dtype in DTYPES:
+            found = _measure(name, shapes_of(name), dtype, job["chosen"], job["repeats"])
+            rows += found
+            case, times = f"{name} {dtype}", {row["impl"]: row for row in found}
+            if "longtrace" not in times:
+                continue
+            ours = times["longtrace"]
+            others = {k: row["ms"] / ours["ms"] for k, row in times.items() if k in IMPLS and k != "longtrace"}
+            ratios |= {f"{case}: {k} / longtrace": value for k, value in others.items()}
+            check(case, ours["of_copy"], GOAL, "of a copy's rate")
+            if "torch foreach" in others:
+                check(case, others["torch foreach"], FASTER, "times as fast as torch's foreach ops")
+    return {"rows": rows, "ratios": ratios, "checks": checks}
+
+
+def by_case(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each input and dtype."""
+    return {
+        f"{name} {dtype}": [row for row in rows if (row["inputs"], row["dtype"]) == (name, dtype)]
+        for name, dtype in dict.fromkeys((row["inputs"], row["dtype"]) for row in rows)
+    }
+
+
+def print_tables(rows: list[dict]) -> None:
+    """A table a case."""
+    for case, found in by_case(rows).items():
+        title = f"{case}: {found[0]['tensors']:,} tensors, {found[0]['values'] / 1e6:,.1f}M values"
+        harness.print_table(title, COLUMNS, found, FORMATS)
 
 
 COLUMNS = {

@@ -95,4 +95,4 @@ def plain(job: dict) -> dict:
         losses.append(loss.item())
         tokens.append(ids.numel())
     marks.append(sft_throughput.moment(device))
-    return sft_throughput._measured(marks, losses, tokens, floor, sft_throughput.peak_bytes(device))
+    return sft_throughput.measured(marks, losses, tokens, floor, sft_throughput.peak_bytes(device))

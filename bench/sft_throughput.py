@@ -68,7 +68,7 @@ def bench(config: BenchConfig) -> None:
     skipped = {n: f"{IMPLS[n][1]} is not installed" for n in chosen if not harness.installed(IMPLS[n][1])}
 
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
-        model, weights = _model(config, Path(folder))
+        model, weights = model_folder(config, Path(folder))
         rows, tokens_text = _rows(config, model)
         np.savez(Path(folder) / "rows.npz", **rows)
         what = f"{weights}; {config.tokens:,}-token rows, {tokens_text}; bf16"
@@ -82,32 +82,59 @@ def bench(config: BenchConfig) -> None:
             if name not in skipped
         }
         results, failed = harness.interleaved(targets, repeats=config.repeats, threads=threads)
-    _report(config, machine, results, skipped | failed, what)
+    checks = [_same_loss(mine, name, results) for mine, name in rivals(results)]
+    report(
+        "sft_throughput", "SFT throughput", config, machine, results, skipped | failed, what,
+        policies={name: IMPLS[name][2] for name in results}, checks=checks,
+    )  # fmt: skip
     if failed:
         raise Refusal(f"bench sft_throughput: {', '.join(failed)} did not finish; the record says why")
 
 
-def _report(
-    config: BenchConfig, machine: dict, results: dict[str, list[dict]], left_out: dict[str, str], what: str
+def rivals(results: dict[str, list[dict]]) -> list[tuple[str, str]]:
+    """(one of ours, one of theirs), every two that were measured."""
+    pairs = itertools.product(results, results)
+    return [(mine, name) for mine, name in pairs if mine.startswith("longtrace") and not name.startswith("longtrace")]
+
+
+def _same_loss(mine: str, name: str, results: dict[str, list[dict]]) -> str:
+    a, b = results[mine][0]["losses"], results[name][0]["losses"]
+    differences = [abs(x - y) / abs(y) for x, y in zip(a, b)]
+    return (
+        f"{'holds' if differences[0] < 5e-3 else 'FAILS'}: {mine}: first loss within 0.5 % of {name}'s "
+        f"({a[0]:.4f} and {b[0]:.4f}; largest difference over {len(a)} steps {100 * max(differences):.2f} %)"
+    )
+
+
+def report(
+    file: str,
+    title: str,
+    config: BenchConfig,
+    machine: dict,
+    results: dict[str, list[dict]],
+    left_out: dict[str, str],
+    what: str,
+    *,
+    policies: dict[str, str],
+    checks: list[str],
+    ratios: dict[str, float] | None = None,
+    **more,
 ) -> None:
-    table = [_row(name, found) for name, found in results.items()]
+    """What a benchmark of optimizer steps leaves: the table, ratios of ours and theirs, FILE.json and FILE.png.
+
+    `results`: by implementation, what `measured` returned in each of its processes; `policies`: how each holds and computes
+    with weights; `left_out`: why one was not measured; `ratios` and `more` join the record.
+    """
+    table = [_row(name, found, policies[name]) for name, found in results.items()]
     by_name = {row["impl"]: row for row in table}
-    ratios, checks, pairs = {}, [], []
-    for mine, name in itertools.product(by_name, by_name):
-        if mine.startswith("longtrace") and not name.startswith("longtrace"):
-            pairs.append((mine, name))
-            key = f"vs_{name}" if mine == "longtrace" else f"{mine}_vs_{name}"
-            ratios[f"tokens_per_s_{key}"] = by_name[mine]["tokens_per_s"] / by_name[name]["tokens_per_s"]
-            ratios[f"peak_mb_{key}"] = by_name[mine]["peak_mb"] / by_name[name]["peak_mb"]
-            a, b = results[mine][0]["losses"], results[name][0]["losses"]
-            ratios[f"first_loss_difference_{key}"] = abs(a[0] - b[0]) / abs(b[0])
-            ratios[f"largest_loss_difference_{key}"] = max(abs(x - y) / abs(y) for x, y in zip(a, b))
-            same = ratios[f"first_loss_difference_{key}"] < 5e-3
-            checks.append(
-                f"{'holds' if same else 'FAILS'}: {mine}: first loss within 0.5 % of {name}'s "
-                f"({a[0]:.4f} and {b[0]:.4f}; largest difference over {len(a)} steps "
-                f"{100 * ratios[f'largest_loss_difference_{key}']:.2f} %)"
-            )
+    ratios, pairs = dict(ratios or {}), rivals(results)
+    for mine, name in pairs:
+        key = f"vs_{name}" if mine == "longtrace" else f"{mine}_vs_{name}"
+        ratios[f"tokens_per_s_{key}"] = by_name[mine]["tokens_per_s"] / by_name[name]["tokens_per_s"]
+        ratios[f"peak_mb_{key}"] = by_name[mine]["peak_mb"] / by_name[name]["peak_mb"]
+        a, b = results[mine][0]["losses"], results[name][0]["losses"]
+        ratios[f"first_loss_difference_{key}"] = abs(a[0] - b[0]) / abs(b[0])
+        ratios[f"largest_loss_difference_{key}"] = max(abs(x - y) / abs(y) for x, y in zip(a, b))
     for check in checks:
         console.print(check, style="green" if check.startswith("holds") else "bold red", highlight=False)
     columns = {"impl": "", "tokens_per_s": "tokens/s", "step_seconds": "s/step", "peak_mb": "peak MB",
@@ -120,7 +147,7 @@ def _report(
         "final_loss": ".4f",
     }
     if table:
-        harness.print_table("SFT throughput (peak memory is above what the imports take)", columns, table, formats)
+        harness.print_table(f"{title} (peak memory is above what the imports take)", columns, table, formats)
         for row in table:
             console.print(f"  {row['impl']}: {row['policy']}", style="dim", highlight=False)
     for mine, name in pairs:
@@ -129,19 +156,20 @@ def _report(
     for name, why in left_out.items():
         console.print(f"skipped: {name}: {why.splitlines()[0]}", style="yellow")
     path = harness.write_record(
-        "sft_throughput", config.json, machine=machine, rows=table, ratios=ratios, setting=what,
+        file, config.json, machine=machine, rows=table, ratios=ratios, setting=what,
         losses={name: found[0]["losses"] for name, found in results.items()}, skipped=left_out, checks=checks,
         optimizer={"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "clip": CLIP, "schedule": "constant"},
+        **more,
     )  # fmt: skip
     if table:
         panels = [("tokens per second (more is better)", table, "tokens_per_s", ",.1f"),
                   ("peak memory above imports, MB (less is better)", table, "peak_mb", ",.0f")]  # fmt: skip
         note = f"{what}\n{machine['cpu']}, {machine['threads']} threads, {machine['date']}"
-        harness.bar_picture(path.parent / "sft_throughput.png", "SFT throughput", panels, note)
+        harness.bar_picture(path.parent / f"{file}.png", title, panels, note)
     console.print(f"record in {path}, picture beside it", highlight=False)
 
 
-def _row(name: str, found: list[dict]) -> dict:
+def _row(name: str, found: list[dict], policy: str) -> dict:
     seconds = [second for result in found for second in result["seconds"]]
     rates = [tokens / second for result in found for tokens, second in zip(result["tokens"], result["seconds"])]
     return {
@@ -155,7 +183,7 @@ def _row(name: str, found: list[dict]) -> dict:
         "floor_mb": harness.median(found, "floor_mb"),
         "timed_steps": len(seconds),
         "processes": len(found),
-        "policy": IMPLS[name][2],
+        "policy": policy,
     }
 
 
@@ -163,7 +191,7 @@ def _row(name: str, found: list[dict]) -> dict:
 # What both sides get: a model folder and packed rows
 
 
-def _model(config: BenchConfig, folder: Path) -> tuple[Path, str]:
+def model_folder(config: BenchConfig, folder: Path) -> tuple[Path, str]:
     """A Hugging Face folder with bf16 weights and a tokenizer, and what it is in words."""
     if config.model:
         if not (Path(config.model) / "config.json").is_file():
@@ -247,7 +275,7 @@ def _rows_of_traces(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndar
 # The measuring processes. Each returns seconds per timed step, tokens per step, losses, and memory
 
 
-def _measured(marks: list[float], losses: list[float], tokens: list[int], floor: int, peak: int) -> dict:
+def measured(marks: list[float], losses: list[float], tokens: list[int], floor: int, peak: int) -> dict:
     """`marks`: the moments between steps, the first before step 1; `tokens` of each step."""
     seconds = [after - before for before, after in itertools.pairwise(marks)][1:]
     return {
@@ -279,8 +307,44 @@ class _Done(Exception):
     """All steps are made."""
 
 
+class Replay:
+    """A Source of given steps that notes the time between them and stops after the last."""
+
+    progress, metrics = 0.0, {}
+
+    def __init__(self, steps: list[list], tokens_per_row: int, device: str = "cpu"):
+        self.steps, self.tokens_per_row, self.device = steps, tokens_per_row, device
+        self.marks: list[float] = []
+        self.peaks: list[int] = []
+
+    def next(self, say) -> list:
+        self.marks.append(moment(self.device))
+        self.peaks.append(peak_bytes(self.device))
+        if len(self.marks) > len(self.steps):
+            raise _Done  # before the run's closing checkpoint, which is not training (TRL's is off too)
+        return self.steps[len(self.marks) - 1]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def tensors(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict, tensors: dict) -> None:
+        pass
+
+    def run(self, train, config, model, objective, floor: int) -> dict:
+        """Trains on the steps with `train` (`longtrace.trainer.train.run`) and returns what was `measured`."""
+        config.out.mkdir()
+        with contextlib.suppress(_Done):
+            train(config, model, self, objective, steps=config.steps, begin=lambda: None, finish=lambda: None)
+        losses = [json.loads(line)["loss"] for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+        tokens = [sum(batch.tokens for batch in step) for step in self.steps]
+        return measured(self.marks, losses, tokens, floor, self.peaks[-1])
+
+
 def ours(job: dict) -> dict:
-    """`longtrace.trainer.train.run` on the rows, one a step."""
+    """The trainer's loop on the rows, one a step."""
     import torch
 
     from longtrace.trainer import train
@@ -292,55 +356,31 @@ def ours(job: dict) -> dict:
     device = job.get("device", "cpu")
     floor = peak_bytes(device)
     rows = np.load(job["rows"])
-    marks, peaks = [], []
     tokens = max(len(rows[f"ids{step}"]) for step in range(job["steps"]))
 
-    class Replay:
-        """A Source of the given rows that notes the time between steps and stops after the last."""
+    def row(step: int) -> list[PackedBatch]:
+        ids, labels, lengths = (torch.from_numpy(rows[f"{name}{step}"]) for name in ("ids", "labels", "lengths"))
+        return [
+            PackedBatch(
+                ids.long(),
+                torch.cat([torch.arange(n) for n in lengths.tolist()]),
+                torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]),
+                int(lengths.max()),
+                labels.long(),
+                list(range(len(lengths))),
+            )
+        ]
 
-        progress, tokens_per_row, metrics = 0.0, tokens, {}
-
-        def next(self, say) -> list[PackedBatch]:
-            marks.append(moment(device))
-            peaks.append(peak_bytes(device))
-            step = len(marks) - 1
-            if step == job["steps"]:
-                raise _Done  # before the run's closing checkpoint, which is not training (TRL's is off too)
-            ids, labels, lengths = (torch.from_numpy(rows[f"{name}{step}"]) for name in ("ids", "labels", "lengths"))
-            return [
-                PackedBatch(
-                    ids.long(),
-                    torch.cat([torch.arange(n) for n in lengths.tolist()]),
-                    torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]),
-                    int(lengths.max()),
-                    labels.long(),
-                    list(range(len(lengths))),
-                )
-            ]
-
-        def state_dict(self) -> dict:
-            return {}
-
-        def tensors(self) -> dict:
-            return {}
-
-        def load_state_dict(self, state: dict, tensors: dict) -> None:
-            pass
-
-    out = Path.cwd() / "out"
-    out.mkdir()
+    source = Replay([row(step) for step in range(job["steps"])], tokens, device)
     config = SFTConfig(
-        model=job["model"], data=[], out=out, max_tokens=tokens, tokens_per_row=tokens, tokens_per_step=tokens,
+        model=job["model"], data=[], out=Path.cwd() / "out", max_tokens=tokens, tokens_per_row=tokens, tokens_per_step=tokens,
         steps=job["steps"] + 1, lr=LR, schedule="constant", warmup=0, betas=BETAS, adam_eps=EPS, weight_decay=0.0,
         clip=CLIP, dtype="bf16", activation_checkpointing="off", device=device, rope="none",
     )  # fmt: skip
     model = load_model(config)
     if job["impl"] == "longtrace-checkpointing":
         checkpoint_activations(model)
-    with contextlib.suppress(_Done):
-        train.run(config, model, Replay(), SFT(), steps=config.steps, begin=lambda: None, finish=lambda: None)
-    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return _measured(marks, losses, [len(rows[f"ids{step}"]) for step in range(job["steps"])], floor, peaks[-1])
+    return source.run(train.run, config, model, SFT(), floor)
 
 
 def trl(job: dict) -> dict:
@@ -392,4 +432,4 @@ def trl(job: dict) -> dict:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return _measured(marks, losses, [len(e["input_ids"]) for e in examples], floor, peaks[-1])
+    return measured(marks, losses, [len(e["input_ids"]) for e in examples], floor, peaks[-1])

@@ -36,7 +36,7 @@ def bench(config: BenchConfig) -> None:
     threads = machine["threads"]
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
-        path, weights = sft_throughput._model(config, Path(folder))
+        path, weights = sft_throughput.model_folder(config, Path(folder))
         train, held, data = _rows(config, path)
         runs = {name: Run(name, path, config, Path(folder) / name) for name in names}
     rare = _rare(train, len(runs["exact"].head().weight))

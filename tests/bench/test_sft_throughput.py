@@ -42,7 +42,7 @@ def test_generated_rows_are_packed_documents_with_next_token_labels(tmp_path):
 
 def test_rates_are_of_each_steps_own_tokens():
     found = [measured([1.0, 4.0], [8.0, 7.9, 7.8], 1.0) | {"tokens": [500, 1000]}]
-    row = sft_throughput._row("longtrace", found)
+    row = sft_throughput._row("longtrace", found, "")
     assert (row["tokens_per_s"], row["tokens_per_s_min"], row["tokens_per_s_max"]) == (375.0, 250.0, 500.0)
 
 

@@ -50,7 +50,7 @@ def test_advantages(tmp_path):
 def test_blend(tmp_path):
     found = record(tmp_path, "blend", "tensors:5x3000")
     rows = {(row["dtype"], row["impl"]): row for row in found["rows"]}
-    assert {impl for _, impl in rows} == {*blend.IMPLS, "copy"} and len(found["checks"]) == 2
+    assert {impl for _, impl in rows} == {*blend.IMPLS, "copy"} and len(found["checks"]) == 4
     for dtype, unit in (("bf16", 2**-8), ("fp32", 2**-24)):
         ours, plain = rows[dtype, "longtrace"], rows[dtype, "torch lerp, no statistics"]
         assert rows[dtype, "copy"]["of_copy"] == 1 and ours["values"] == 15_000
