@@ -75,7 +75,7 @@ class Server:
             card = reply["data"][0]
             return str(card["id"]), int(card.get("max_model_len") or 0)
         except UNREADABLE:
-            raise self.refusal(f"/v1/models: found {_line(json.dumps(reply))}; accepted: a list of models") from None
+            raise self.refusal(f"/v1/models: found {one_line(json.dumps(reply))}; accepted: a list of models") from None
 
     async def version(self) -> str | None:
         """Of the weights it has now."""
@@ -83,7 +83,7 @@ class Server:
         try:
             return reply["weight_version"]
         except UNREADABLE:
-            raise self.refusal(f"{self.info}: found {_line(json.dumps(reply))}; accepted: {self.needs}") from None
+            raise self.refusal(f"{self.info}: found {one_line(json.dumps(reply))}; accepted: {self.needs}") from None
 
     async def confirm(self, version: str) -> None:
         """Raises Refusal unless its weights are of this version."""
@@ -103,8 +103,8 @@ class Server:
             try:
                 tokens, log_probs, finish, wrote = self.read(reply, prompt)
             except UNREADABLE as error:
-                found = f"{type(error).__name__}: {_line(str(error))}"
-                raise self.refusal(f"{self.path}: does not read ({found}): {_line(json.dumps(reply))}") from None
+                found = f"{type(error).__name__}: {one_line(str(error))}"
+                raise self.refusal(f"{self.path}: does not read ({found}): {one_line(json.dumps(reply))}") from None
             if version is not None and wrote not in (None, version):
                 raise self.refusal(f"{self.path}: {_stale(wrote, version)}")
             if finish not in ("stop", "length"):
@@ -134,8 +134,8 @@ class Server:
         except (asyncio.TimeoutError, TimeoutError):
             raise self.refusal(f"{path}: no answer in {self.timeout:g} s{self.patience}", Silent) from None
         except self.broken as error:
-            raise Passing(f"{path}: {type(error).__name__}: {_line(str(error))}") from None
-        found = f"{path}: HTTP {reply.status_code}: {_line(reply.text)}"
+            raise Passing(f"{path}: {type(error).__name__}: {one_line(str(error))}") from None
+        found = f"{path}: HTTP {reply.status_code}: {one_line(reply.text)}"
         if reply.status_code in (408, 429) or reply.status_code >= 500:
             raise Passing(found)
         if reply.status_code in (400, 413, 422):
@@ -145,7 +145,7 @@ class Server:
         try:
             return json.loads(reply.text or "{}")
         except (ValueError, RecursionError):
-            raise self.refusal(f"{path}: found {_line(reply.text)!r}; accepted: JSON", BadReply) from None
+            raise self.refusal(f"{path}: found {one_line(reply.text)!r}; accepted: JSON", BadReply) from None
 
     # ---- what each server has words of its own for ------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class SGLang(Server):
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
         reply = await self.ask("/update_weights_from_disk", body)
         if not (isinstance(reply, dict) and reply.get("success") is True):
-            raise self.refusal(f"/update_weights_from_disk: {_line(json.dumps(reply))}")
+            raise self.refusal(f"/update_weights_from_disk: {one_line(json.dumps(reply))}")
 
     def request(self, model, prompt, sampling, seed, ends, version) -> dict:
         return {
@@ -283,7 +283,7 @@ def _stale(found, version: str) -> str:
     return f"stale weights: version {found!r} where {version!r} was loaded; the server restarted, or another trainer uses it"
 
 
-def _line(text: str, longest: int = 160) -> str:
+def one_line(text: str, longest: int = 160) -> str:
     """A text on one line, cut."""
     text = " ".join(str(text).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
