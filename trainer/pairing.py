@@ -102,7 +102,7 @@ class PathCounts:
         def of(function, values):
             return function(values) if values else None
 
-        longer = [c > r for c, r in zip(*(self.lengths[side] for side in SIDES))]
+        apart = [chosen - rejected for chosen, rejected in zip(*(self.lengths[side] for side in SIDES))]
         return {
             "samples": self.samples, "cut_off": self.cut_off, "no_answer": self.no_answer,
             "no_verdict": self.no_verdict, "scored": len(self.scores), "score_mean": of(mean, self.scores),
@@ -110,7 +110,7 @@ class PathCounts:
             "too_few": self.few, "ties": self.tie, "below_margin": self.margin, "pairs": self.pairs,
             "margin_mean": of(mean, self.margins), "margin_median": of(median, self.margins),
             "chosen_tokens": of(mean, self.lengths["chosen"]), "rejected_tokens": of(mean, self.lengths["rejected"]),
-            "chosen_longer": of(mean, longer),
+            "chosen_longer": of(mean, [d > 0 for d in apart]), "chosen_shorter": of(mean, [d < 0 for d in apart]),
         }  # fmt: skip
 
 
@@ -203,6 +203,7 @@ def pairs_table(counts: Mapping[str, Any], min_margin: float) -> Table:
     line("tokens of the chosen", "chosen_tokens", ",.0f")
     line("tokens of the rejected", "rejected_tokens", ",.0f")
     line("the chosen is the longer", "chosen_longer", ".0%")
+    line("the chosen is the shorter", "chosen_shorter", ".0%")
     return table
 
 
