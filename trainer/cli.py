@@ -30,6 +30,7 @@ COMMANDS = {
     "sft": (".train", "SFTConfig", "sft", "fine-tune a model on packed traces"),
     "grpo": (".grpo", "GRPOConfig", "grpo", "reinforcement learning on problems whose answers can be checked"),
     "prefer": (".prefer", "PreferConfig", "prefer", "preference optimisation on pairs: DPO, SimPO, BVPO"),
+    "pairs": (".pairs", "PairsConfig", "pairs", "preference pairs: a model's best answers against its worst"),
     "evaluate": (".evaluate", "EvaluateConfig", "evaluate", "solved rate of a model on problems, by generation"),
     "generate": (".generate", "GenerateConfig", "generate", "answer a prompt with a trained folder"),
     "export": (".export", "ExportConfig", "export", "one Hugging Face folder from a run or checkpoint (merges LoRA)"),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
 
-from .config import Refusal
 from .evaluate import pass_at_k, prompt_of
 from .prompts import Prompt
 from .rewards import Completion
+from .samples import WholeFile, groups
 from .shapes import REASONING_FIELDS
 
 TEXTS = {"messages", "conversations", "text", "system", "prompt", "problem", "completion", "trace", "content"}
@@ -35,7 +31,6 @@ def row_of(
         said = {"problem": asked[0]["content"], "trace": trace}
     else:
         said = {"messages": [*asked, {"role": "assistant", "content": trace}]}
-    gone = TEXTS | {*REASONING_FIELDS, "finish_reason"}
     marks = {name: None if math.isnan(value) else float(value) for name, value in rewards.items()}
     accuracy = marks.get("accuracy")
     verdict = {
@@ -46,7 +41,13 @@ def row_of(
         "rewards": marks,
         "provenance": provenance,
     }
-    return {key: value for key, value in prompt.row.raw.items() if key not in gone} | said | verdict
+    return other_fields(prompt) | said | verdict
+
+
+def other_fields(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a prompt's row beside its texts: a sampled row keeps them."""
+    gone = TEXTS | {*REASONING_FIELDS, "finish_reason"}
+    return {key: value for key, value in prompt.row.raw.items() if key not in gone}
 
 
 def passes(row: dict[str, Any], least: Mapping[str, float]) -> bool:
@@ -73,15 +74,9 @@ def choose(
     """
     names = ("cut_off", "right", "wrong", "tokens", "passed", "duplicates", "kept", "problems_kept", "tokens_kept")
     counts = Counter({"problems": problems, "samples": problems * each} | dict.fromkeys(names, 0))
-    solved, digest, beside = 0.0, hashlib.sha256(), kept.with_name(kept.name + ".part")
-    with samples.open("rb") as file, beside.open("wb") as out:
-        for problem in range(problems):
-            lines = list(islice(file, each))
-            try:
-                rows = [json.loads(line) for line in lines]
-            except ValueError:
-                where = f"{samples}: lines {problem * each + 1:,} to {(problem + 1) * each:,}"
-                raise Refusal(f"{where}: broken JSON; accepted: the file as it was written, or another --out") from None
+    solved = 0.0
+    with WholeFile(kept) as out:
+        for problem, (lines, rows) in enumerate(groups(samples, problems, each)):
             right = sum(row["correct"] is True for row in rows)
             solved += pass_at_k(each, right, each)
             passing = [i for i, row in enumerate(rows) if passes(row, least)]
@@ -99,12 +94,8 @@ def choose(
             )
             for i in chosen:
                 out.write(lines[i])
-                digest.update(lines[i])
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(beside, kept)
     rates = {"pass@1": counts["right"] / counts["samples"], f"pass@{each}": solved / problems}
-    return dict(counts) | (rates if "accuracy" in least else {}) | {"sha256": digest.hexdigest()}
+    return dict(counts) | (rates if "accuracy" in least else {}) | {"sha256": out.sha256}
 
 
 def pick(

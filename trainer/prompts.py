@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -29,10 +29,15 @@ class Prompt:
 
     tokens: list[int]
     row: Row
-    thinking: bool | None  # True: the template has opened the thought
+    thinking: bool | None  # True: the template has opened the thought; False: it stands closed in the prompt
+    empty: list[int] = field(default_factory=list)  # the same, going on with an empty thought
 
     def text_of(self, completion: str) -> str:
         return "<think>\n" + completion if self.thinking else completion
+
+    def without_thought(self) -> Prompt:
+        """The prompt that goes on with an empty thought."""
+        return replace(self, tokens=self.empty, thinking=False)
 
 
 def prompts_of(
@@ -45,13 +50,15 @@ def prompts_of(
     longest: int,
     room: str,
     checkable: bool,
+    empty: bool = False,
     skip_bad_rows: bool = False,
     bad_rows: list[str] | None = None,
 ) -> Iterator[Prompt]:
     """The prompts of the sources, of the first `limit` rows (0 = all), in order; nothing is held.
 
-    checkable: only of rows whose answers can be checked. longest: in tokens; `room` names the options it comes from. Raises
-    Refusal at the first row that cannot be used, or with skip_bad_rows leaves it out and appends a line to `bad_rows`.
+    checkable: only of rows whose answers can be checked. empty: with the tokens of `empty_thought` besides. longest: in
+    tokens; `room` names the options it comes from. Raises Refusal at the first row that cannot be used, or with
+    skip_bad_rows leaves it out and appends a line to `bad_rows`.
     """
     bad = [] if bad_rows is None else bad_rows
     rows = chain.from_iterable(
@@ -64,12 +71,14 @@ def prompts_of(
             prompt_of(row), chat_template=jinja, tokenize=False, add_generation_prompt=True
         )
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        closed = tokenizer(empty_thought(text), add_special_tokens=False)["input_ids"] if empty else []
+        length = max(len(tokens), len(closed))
         if checkable and kind_of(row) is None:
             bad.append(f"{row.where}: nothing to check with; accepted: rows with an answer or tests")
-        elif len(tokens) > longest:
-            bad.append(f"{row.where}: a prompt of {len(tokens):,} tokens; accepted: up to {longest:,} ({room})")
+        elif length > longest:
+            bad.append(f"{row.where}: a prompt of {length:,} tokens; accepted: up to {longest:,} ({room})")
         else:
-            yield Prompt(tokens, row, text.rstrip().endswith("<think>") or None)
+            yield Prompt(tokens, row, text.rstrip().endswith("<think>") or None, closed)
             continue
         if not skip_bad_rows:
             raise Refusal(bad[-1])
@@ -87,7 +96,7 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 (hex) of what is asked and what it is checked with: equal sets of prompts in equal order agree."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(np.asarray([len(prompt.tokens), *prompt.tokens], dtype="<i8").tobytes())
+        digest.update(np.asarray([len(prompt.tokens), *prompt.tokens, *prompt.empty], dtype="<i8").tobytes())
         digest.update(json.dumps([prompt.row.answer, prompt.row.raw.get("tests")], default=str).encode())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .config import Refusal
 from .languages import SCRIPTS, language_consistency
 from .rows import Row
 from .verifier import Verifier
+
+if TYPE_CHECKING:
+    from .judge import Asked
 
 __all__ = [
     "Completion",
@@ -35,7 +38,10 @@ __all__ = [
     "soft_overlong",
 ]
 
-NAMES = "accuracy, format, language[:en], overlong:LIMIT:BUFFER, model:FOLDER_OR_HUB_NAME or module:function"
+NAMES = (
+    "accuracy, format, language[:en], overlong:LIMIT:BUFFER, model:FOLDER_OR_HUB_NAME, judge:http://HOST:PORT or "
+    "module:function"
+)
 
 
 @dataclass(frozen=True)
@@ -255,8 +261,8 @@ class Rewards:
     """A weighted sum of rewards: Rewards(["accuracy", "format=0.5", "language:zh=0.2", "my_module:brevity=0.1"]).
 
     Names: accuracy, format, language[:en] (of the thought, or of all where there is none), overlong:LIMIT:BUFFER,
-    model:FOLDER_OR_HUB_NAME (a reward model), module:function (see `load`); weights after "=", 1 by default. Raises Refusal
-    for anything else.
+    model:FOLDER_OR_HUB_NAME (a reward model), judge:http://HOST:PORT (a chat model, from 0 to 10), module:function (see
+    `load`); weights after "=", 1 by default. Raises Refusal for anything else.
     """
 
     def __init__(self, specs: Sequence[str], *, pool: Verifier | None = None, device: str = "cpu"):
@@ -296,6 +302,11 @@ class Rewards:
 
             model = RewardModel(rest, device=self.device)
             return lambda batch: model([_conversation(c) for c in batch])
+        if kind == "judge" and rest:
+            from .judge import Judge
+
+            judge = Judge(rest)
+            return lambda batch: judge([_asked(c) for c in batch])
         if rest:
             function = load(name)
             return lambda batch: function(completions=[c.text for c in batch], rows=[c.row.raw for c in batch])
@@ -347,3 +358,11 @@ def _conversation(completion: Completion) -> list[dict[str, Any]]:
         *messages[: turns[-1] if turns else None],
         {"role": "assistant", "content": (text or completion.text).strip()},
     ]
+
+
+def _asked(completion: Completion) -> Asked:
+    """What a judge reads: the same, with the row's reference answer."""
+    from .judge import Asked
+
+    *before, last = _conversation(completion)
+    return Asked(before, last["content"], completion.row.answer)

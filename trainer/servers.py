@@ -25,18 +25,27 @@ class Passing(Exception):
     """What may be gone at the next attempt."""
 
 
+class BadReply(Refusal):
+    """The server is there and will not have this one request, or answers it with what is no JSON."""
+
+
+class Silent(Refusal):
+    """No answer in time."""
+
+
 class Server:
     """A server spoken to over HTTP: VLLM and SGLang below know the words."""
 
     path: str  # that completes a prompt
     info: str  # path that tells the weights' version
     needs: str  # said when a path is not there
+    patience = " (--server-timeout)"  # the option that sets the time-out
 
     def __init__(self, url: str, timeout: float, connections: int):
         try:
             import httpx2
         except ImportError as error:
-            raise Refusal(f"--server {url} needs httpx2: pip install 'longtrace[rl]' (Python 3.11 or newer)") from error
+            raise Refusal(f"{url}: needs httpx2: pip install 'longtrace[rl]' (Python 3.11 or newer)") from error
         self.url, self.timeout, self.broken = url, timeout, httpx2.RequestError
         self.turn = asyncio.Semaphore(connections)  # what waits for its turn is not timed
         self.client = httpx2.AsyncClient(
@@ -52,8 +61,8 @@ class Server:
     async def __aexit__(self, *_) -> None:
         await self.client.aclose()
 
-    def refusal(self, found: str) -> Refusal:
-        return Refusal(f"{self.url}{found}")
+    def refusal(self, found: str, kind: type[Refusal] = Refusal) -> Refusal:
+        return kind(f"{self.url}{found}")
 
     async def ask(self, path: str, body: dict | None = None, post: bool = True):
         """The JSON that a path answers. Raises Refusal for silence, refused requests, and what stays broken."""
@@ -66,7 +75,7 @@ class Server:
             card = reply["data"][0]
             return str(card["id"]), int(card.get("max_model_len") or 0)
         except UNREADABLE:
-            raise self.refusal(f"/v1/models: found {_line(json.dumps(reply))}; accepted: a list of models") from None
+            raise self.refusal(f"/v1/models: found {one_line(json.dumps(reply))}; accepted: a list of models") from None
 
     async def version(self) -> str | None:
         """Of the weights it has now."""
@@ -74,17 +83,19 @@ class Server:
         try:
             return reply["weight_version"]
         except UNREADABLE:
-            raise self.refusal(f"{self.info}: found {_line(json.dumps(reply))}; accepted: {self.needs}") from None
+            raise self.refusal(f"{self.info}: found {one_line(json.dumps(reply))}; accepted: {self.needs}") from None
 
     async def confirm(self, version: str) -> None:
         """Raises Refusal unless its weights are of this version."""
         if (held := await self.version()) != version:
             raise self.refusal(f"{self.info}: {_stale(held, version)}")
 
-    async def complete(self, request: dict, prompt: Sequence[int], longest: int, rows: int, version: str) -> Completion:
+    async def complete(
+        self, request: dict, prompt: Sequence[int], longest: int, rows: int, version: str | None
+    ) -> Completion:
         """One completion, every part of the reply checked: the weights' version, ids, log-probs, how it ended.
 
-        longest: tokens it may have; rows: ids the model knows.
+        longest: tokens it may have; rows: ids the model knows. version: None = whatever weights it has.
         """
 
         async def once() -> Completion:
@@ -92,9 +103,9 @@ class Server:
             try:
                 tokens, log_probs, finish, wrote = self.read(reply, prompt)
             except UNREADABLE as error:
-                found = f"{type(error).__name__}: {_line(str(error))}"
-                raise self.refusal(f"{self.path}: does not read ({found}): {_line(json.dumps(reply))}") from None
-            if wrote is not None and wrote != version:
+                found = f"{type(error).__name__}: {one_line(str(error))}"
+                raise self.refusal(f"{self.path}: does not read ({found}): {one_line(json.dumps(reply))}") from None
+            if version is not None and wrote not in (None, version):
                 raise self.refusal(f"{self.path}: {_stale(wrote, version)}")
             if finish not in ("stop", "length"):
                 raise Passing(f"{self.path}: a completion that ended by {finish!r}; accepted: stop, length")
@@ -121,18 +132,20 @@ class Server:
             request = self.client.request("POST" if post else "GET", path, json=body)
             reply = await asyncio.wait_for(request, self.timeout)
         except (asyncio.TimeoutError, TimeoutError):
-            raise self.refusal(f"{path}: no answer in {self.timeout:g} s (--server-timeout)") from None
+            raise self.refusal(f"{path}: no answer in {self.timeout:g} s{self.patience}", Silent) from None
         except self.broken as error:
-            raise Passing(f"{path}: {type(error).__name__}: {_line(str(error))}") from None
-        found = f"{path}: HTTP {reply.status_code}: {_line(reply.text)}"
+            raise Passing(f"{path}: {type(error).__name__}: {one_line(str(error))}") from None
+        found = f"{path}: HTTP {reply.status_code}: {one_line(reply.text)}"
         if reply.status_code in (408, 429) or reply.status_code >= 500:
             raise Passing(found)
+        if reply.status_code in (400, 413, 422):
+            raise self.refusal(found, BadReply)
         if reply.status_code != 200:
             raise self.refusal(found + (f"; accepted: {self.needs}" if reply.status_code in (404, 405) else ""))
         try:
             return json.loads(reply.text or "{}")
         except (ValueError, RecursionError):
-            raise self.refusal(f"{path}: found {_line(reply.text)!r}; accepted: JSON") from None
+            raise self.refusal(f"{path}: found {one_line(reply.text)!r}; accepted: JSON", BadReply) from None
 
     # ---- what each server has words of its own for ------------------------------------------------------------------
 
@@ -140,7 +153,9 @@ class Server:
         """Loads the weights of a Hugging Face folder under a version, and forgets what it cached of older ones."""
         raise NotImplementedError
 
-    def request(self, model: str, prompt: Sequence[int], sampling: Sampling, seed: int, ends: list[int], version: str):
+    def request(
+        self, model: str, prompt: Sequence[int], sampling: Sampling, seed: int, ends: list[int], version: str | None
+    ):
         """The body that asks for one completion."""
         raise NotImplementedError
 
@@ -154,7 +169,7 @@ class VLLM(Server):
     since a server that restarted or loaded other weights in between has lost it."""
 
     path, info = "/v1/completions", "/weight_info"
-    needs = "vLLM 0.30 or newer, started with VLLM_SERVER_DEV_MODE=1"
+    needs = "vLLM 0.30 or newer (to load weights: started with VLLM_SERVER_DEV_MODE=1)"
 
     async def load(self, folder: Path, version: str) -> None:
         await self.ask("/pause?mode=abort")  # what a dead trainer left; if the load fails it stays paused
@@ -181,7 +196,7 @@ class VLLM(Server):
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,  # a stop string may hold one
-            "cache_salt": version,  # no cached prompt of other weights
+            **({"cache_salt": version} if version else {}),  # no cached prompt of other weights
         }  # fmt: skip
 
     def read(self, reply, prompt) -> tuple:
@@ -206,13 +221,13 @@ class SGLang(Server):
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
         reply = await self.ask("/update_weights_from_disk", body)
         if not (isinstance(reply, dict) and reply.get("success") is True):
-            raise self.refusal(f"/update_weights_from_disk: {_line(json.dumps(reply))}")
+            raise self.refusal(f"/update_weights_from_disk: {one_line(json.dumps(reply))}")
 
     def request(self, model, prompt, sampling, seed, ends, version) -> dict:
         return {
             "input_ids": list(prompt),
             "return_logprob": True,
-            "extra_key": version,  # no cached prompt of other weights
+            **({"extra_key": version} if version else {}),  # no cached prompt of other weights
             "sampling_params": {
                 "max_new_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
@@ -268,7 +283,7 @@ def _stale(found, version: str) -> str:
     return f"stale weights: version {found!r} where {version!r} was loaded; the server restarted, or another trainer uses it"
 
 
-def _line(text: str, longest: int = 160) -> str:
+def one_line(text: str, longest: int = 160) -> str:
     """A text on one line, cut."""
     text = " ".join(str(text).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtrace.trainer import checkpoint, grpo, rollout_server, servers
+from longtrace.trainer import checkpoint, grpo, rollout_server, served, servers
 from longtrace.trainer.config import Refusal, TrainConfig
 from longtrace.trainer.experience import Experience, RolloutSource
 from longtrace.trainer.grpo import GRPOConfig
@@ -192,7 +192,7 @@ def serve(tmp_path):
 def quick(tmp_path, monkeypatch):
     """Short waits, and a user's reward that differs within most groups: the share of digits in what was written."""
     monkeypatch.setattr(servers, "BACKOFF", 0.01)
-    monkeypatch.setattr(rollout_server, "TICK", 0.02)
+    monkeypatch.setattr(served, "TICK", 0.02)
     monkeypatch.setattr(rollout_server, "PROBES", 1)  # and the greedy one
     (tmp_path / "tests_server_rewards.py").write_text(
         "def digits(completions, rows):\n    return [sum(c.isdigit() for c in t) / max(len(t), 1) for t in completions]\n"
