@@ -53,7 +53,7 @@ def bench(config: BenchConfig) -> None:
         raise Refusal(
             "bench prefer: accepted: --steps 2 or more (the first is not timed), --repeats 1, --tokens 64 or more"
         )
-    chosen, machine = harness.begin(config, IMPLS, DEFAULT_IMPLS)
+    chosen, machine = harness.begin(config, IMPLS, DEFAULT_IMPLS[: 2 if config.quick else None])
     threads = machine["threads"]
     skipped = {n: f"{IMPLS[n][1]} is not installed" for n in chosen if not harness.installed(IMPLS[n][1])}
     with tempfile.TemporaryDirectory(prefix="longtrace-bench-") as folder:
