@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from .config import Refusal
 from .evaluate import prompt_of
 from .keep import other_fields
 from .prompts import Prompt
 from .samples import WholeFile, groups
-from .shapes import CLOSE
+from .shapes import CLOSE, assistant_text
 
 PREFIX = {"trace": "", "empty": "empty_"}
 SIDES = ("chosen", "rejected")
 OWN = {
     "prompt", "path", "completion", "tokens", "finished", "rewards", "scores", "provenance", "chosen", "rejected",
-    "empty_chosen", "empty_rejected",
+    "empty_chosen", "empty_rejected", "tools",
 }  # fmt: skip
-"""Fields that a sample or a pair has of its own; all others are those of the prompt's row."""
+"""Fields that a sample or a pair has of its own, and tools, which the model was not shown; all others are those of the row."""
 
 
 def sample_row(
@@ -49,14 +50,22 @@ def score_of(row: Mapping[str, Any], weights: Mapping[str, float]) -> float | No
     return sum(weight * marks[name] for name, weight in weights.items())
 
 
+def as_trained(text: str) -> str:
+    """A completion as the trainer reads it: the thought in its one form, no blanks around."""
+    try:
+        return assistant_text(text).strip()
+    except Refusal:  # a call in Harmony channels
+        return text.strip()
+
+
 def pick(
     texts: Sequence[str], scores: Sequence[float | None], min_margin: float, draw: np.random.Generator
 ) -> tuple[int, int] | str:
     """(best, worst), the numbers of a pair; or why there is none: "few", "tie", "margin".
 
-    Of equal texts the first counts. Ties among the best, and among the worst, are broken by `draw`.
+    Of texts that training reads as equal the first counts. Ties among the best, and among the worst, are broken by `draw`.
     """
-    scored = {texts[i].strip(): i for i in reversed(range(len(texts))) if scores[i] is not None}
+    scored = {as_trained(texts[i]): i for i in reversed(range(len(texts))) if scores[i] is not None}
     numbers = sorted(scored.values())
     if len(numbers) < 2:
         return "few"
@@ -87,7 +96,7 @@ class PathCounts:
             self.no_verdict += row["finished"] and row["rewards"] is not None and score is None
             self.without_thought += score is not None and CLOSE not in row["completion"]
         self.scores += [score for score in scores if score is not None]
-        texts = [row["completion"].strip() for row, score in zip(rows, scores) if score is not None]
+        texts = [as_trained(row["completion"]) for row, score in zip(rows, scores) if score is not None]
         self.duplicates += len(texts) - len(set(texts))
 
     def paired(self, margin: float, tokens: Mapping[str, int]) -> None:

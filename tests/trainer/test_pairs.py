@@ -15,6 +15,7 @@ from longtrace.trainer import pairing, pairs, prompts, samples, served, servers
 from longtrace.trainer.config import Refusal
 from longtrace.trainer.model import load_for_generation, load_tokenizer
 from longtrace.trainer.pairs import PairsConfig
+from longtrace.trainer.preferences import load_pairs
 from longtrace.trainer.rollout import Completion, Engine, Sampling
 from longtrace.trainer.rows import read_rows
 from longtrace.trainer.sample import SampleConfig, sample
@@ -206,7 +207,8 @@ def test_ties_among_the_best_are_drawn(seed):
 def test_why_there_is_no_pair():
     draw = np.random.default_rng(0)
     assert pairing.pick("ab", [1.0, None], 0, draw) == "few"
-    assert pairing.pick("aa", [1.0, 0.0], 0, draw) == "few", "equal texts are one"
+    same = f"{OPEN}a{CLOSE}b", f"{OPEN}\na\n{CLOSE}\n\nb\n"
+    assert pairing.pick(same, [1.0, 0.0], 0, draw) == "few", "training reads them as equal"
     assert pairing.pick("abc", [1.0, 1.0, None], 0, draw) == "tie"
     assert pairing.pick("ab", [1.0, 0.75], 0.3, draw) == "margin"
     assert pairing.pick("ab", [1.0, 0.75], 0.25, draw) == (0, 1)
@@ -224,6 +226,34 @@ def test_a_template_that_opens_the_thought(tiny_model, tmp_path, written):
             f"{OPEN}\nsecret\n{CLOSE}\n\nt 0",
         )
         assert (row["empty_chosen"], row["empty_rejected"]) == ("e 3", "e 0")
+
+
+@pytest.mark.parametrize("template", [None, OPENED + "{{ '<|im_end|>' if messages[-1]['role'] == 'assistant' }}"])
+def test_training_reads_the_rows_after_the_prompts_that_were_sampled(template, tiny_model, tmp_path, written):
+    """Token for token, on both paths, whether or not the template opens the thought."""
+    end = "<|im_end|>"  # a decoded completion does not hold it
+
+    def fn(text, path, n):
+        opened = "" if template else f"{OPEN}\n"
+        return f"{opened}secret\n{CLOSE}\n\nt {n}{end}" if path == "trace" else f"e {n}{end}"
+
+    writer = written(fn, template)
+    pairs.pairs(config_of(tiny_model(), tmp_path / "out"))
+    found = load_pairs(
+        [str(tmp_path / "out" / "pairs.jsonl")],
+        writer.tokenizer,
+        paths=("trace", "empty"),
+        max_tokens=400,
+        progress=False,
+    )
+    assert len(found) == 6 and found.audit.rows_read == 6
+    texts = [writer.tokenizer.decode(ids) for ids in np.split(found.tokens, found.offsets[1:-1])]
+    ends = [("trace", 3), ("trace", 0), ("empty", 3), ("empty", 0)]
+    assert texts == [writer.asked[2 * i + (path == "empty")] + fn("", path, n) for i in range(6) for path, n in ends]
+    contexts = [
+        writer.tokenizer.decode(ids[:n]) for ids, n in zip(np.split(found.tokens, found.offsets[1:-1]), found.prompts)
+    ]
+    assert contexts == [writer.asked[2 * i + (path == "empty")] for i in range(6) for path, _ in ends]
 
 
 def test_conversations_and_fields_of_the_same_name(tiny_model, tmp_path, written):
