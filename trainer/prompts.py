@@ -88,6 +88,8 @@ def empty_thought(prompt: str) -> str:
     """A generation prompt, as text, that goes on with an empty thought: what is written next is an answer without one
     (BVPO's empty trace, NoThinking). Source: arXiv:2510.05095; Ma et al. 2025, arXiv:2504.09858."""
     bare = prompt.rstrip()
+    if bare.endswith(CLOSE):  # the template leaves the thought empty itself
+        return prompt
     opened = bare.endswith(OPEN)  # by a template that writes it itself
     return (prompt if not opened else bare.removesuffix(OPEN)) + f"{OPEN}\n\n{CLOSE}\n\n"
 
