@@ -1,7 +1,7 @@
 """`longtrace pairs`: preference pairs. Several completions of each prompt with and without a thought, their answers scored.
 
 longtrace pairs --model MODEL --data problems.jsonl --samples 8 --out runs/pairs
-longtrace prefer --model MODEL --data runs/pairs/pairs.jsonl --out runs/bvpo
+longtrace prefer --model MODEL --data runs/pairs/pairs.jsonl --alpha 0.5 --out runs/bvpo
 """
 
 from __future__ import annotations

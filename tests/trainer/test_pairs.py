@@ -16,6 +16,8 @@ from longtrace.trainer.config import Refusal
 from longtrace.trainer.model import load_for_generation, load_tokenizer
 from longtrace.trainer.pairs import PairsConfig
 from longtrace.trainer.preferences import load_pairs
+from longtrace.trainer.rewards import Completion as Scored
+from longtrace.trainer.rewards import Rewards
 from longtrace.trainer.rollout import Completion, Engine, Sampling
 from longtrace.trainer.rows import read_rows
 from longtrace.trainer.sample import SampleConfig, sample
@@ -291,6 +293,17 @@ def test_verifiers_score_the_answer(tiny_model, tmp_path, written):
     for row in lines(tmp_path / "out" / "pairs.jsonl"):
         assert row["provenance"]["samples"]["chosen"] == row["provenance"]["samples"]["empty_chosen"] == 2
         assert row["rewards"]["chosen"] == {"accuracy": 1.0} and row["rewards"]["rejected"] == {"accuracy": 0.0}
+
+
+def test_a_long_thought_is_no_long_answer(tiny_model):
+    """The length that a reward sees is the answer's; what has no answer reaches none."""
+    row, text = next(read_rows(CHAINS)), thought("fifteen letters", "long " * 50)
+    written = [
+        Scored(text, row, True, None, 300), Scored(text, row, False, None, 300), Scored("never", row, True, True, 9),
+        Scored(f"{text}{OPEN}", row, True, None, 300), Scored(f"{CLOSE} 3", row, True, False, 4),
+    ]  # fmt: skip
+    marks = pairs.score_answers(load_tokenizer(str(tiny_model())), Rewards(["overlong:20:10"]), written)
+    assert marks == [{"overlong:20:10": -0.5}, None, None, None, None]
 
 
 # ---- our own engine -----------------------------------------------------------------------------------------------------
