@@ -1,11 +1,5 @@
 #include "blend.h"
 
-#include <cmath>
-
-#include "vec.inc"
-
-#include "lanes.inc"
-
 #include "blend.inc"
 
 namespace longtrace {

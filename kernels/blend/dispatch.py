@@ -60,6 +60,36 @@ def blend_gradients(trace_grads: Sequence[Tensor], empty_grads: Sequence[Tensor]
         raise ValueError(
             f"trace_grads and empty_grads must be equally many, got {len(trace_grads)} and {len(empty_grads)}"
         )
+    if not _fits(trace_grads, empty_grads):
+        _refuse(trace_grads, empty_grads)
+    if not trace_grads:
+        return GradientStats(*torch.zeros(3, dtype=torch.float64).unbind(), torch.tensor(True))
+    serves = choose(trace_grads[0].device.type, (x.dtype for x in (*trace_grads, *empty_grads))).backend
+    if serves == "cpu":
+        sums = torch.ops.longtrace.blend_gradients_(trace_grads, empty_grads, alpha)
+    else:
+        sums = (cuda if serves == "cuda" else reference).blend_gradients_(trace_grads, empty_grads, alpha)
+    return GradientStats(*sums[:3].unbind(), sums[3] == 0)
+
+
+def _fits(trace_grads: list[Tensor], empty_grads: list[Tensor]) -> bool:
+    """Whether no pair is refused: in few calls, which cost as much as blending some thousand elements."""
+    device = getattr(next(iter(trace_grads), None), "device", None)
+    return all(
+        isinstance(t, Tensor)
+        and isinstance(e, Tensor)
+        and t.shape == e.shape
+        and t.device == e.device == device
+        and t.is_contiguous()
+        and e.is_contiguous()
+        and t.is_floating_point()
+        and e.is_floating_point()
+        for t, e in zip(trace_grads, empty_grads)
+    )
+
+
+def _refuse(trace_grads: list[Tensor], empty_grads: list[Tensor]) -> None:
+    """Raises ValueError that names the first tensor that does not fit."""
     for i, pair in enumerate(zip(trace_grads, empty_grads)):
         for name, x in zip(("trace_grads", "empty_grads"), pair):
             if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -70,14 +100,6 @@ def blend_gradients(trace_grads: Sequence[Tensor], empty_grads: Sequence[Tensor]
                 raise ValueError(f"{name}[{i}] is on {x.device}, but trace_grads[0] is on {trace_grads[0].device}")
             if not x.is_contiguous():
                 raise ValueError(f"{name}[{i}] must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
-    if not trace_grads:
-        return GradientStats(*torch.zeros(3, dtype=torch.float64).unbind(), torch.tensor(True))
-    serves = choose(trace_grads[0].device.type, (x.dtype for x in (*trace_grads, *empty_grads))).backend
-    if serves == "cpu":
-        sums = torch.ops.longtrace.blend_gradients_(trace_grads, empty_grads, alpha)
-    else:
-        sums = (cuda if serves == "cuda" else reference).blend_gradients_(trace_grads, empty_grads, alpha)
-    return GradientStats(*sums[:3].unbind(), sums[3] == 0)
 
 
 if extension.LOADED:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +32,8 @@ SHAPES = (
     (3, 20001),
 )
 DTYPES = (torch.float32, torch.bfloat16)
+PAIRS = list(itertools.product(DTYPES, DTYPES))
+LENGTHS = range(1, 132)  # whole vectors of every instruction set, and all that may be left over
 built = pytest.mark.skipif(not extension.LOADED, reason=extension.WHY)
 
 
@@ -125,6 +132,86 @@ def test_what_is_not_finite_is_reported(seed, backend, which, dtype, value):
 def test_squares_may_overflow_while_the_gradients_are_finite(backend):
     stats = K.blend_gradients([torch.full((100,), 1e30)], [torch.ones(100)], 0.5)
     assert stats.finite and stats.trace_sq.isinf() and stats.empty_sq == 100
+
+
+def patterns(dtype):
+    """65,536 values: every bf16 there is, or fp32 of any kind whose halves are exact, NaNs of full mantissas first."""
+    if dtype == torch.bfloat16:
+        return (torch.randperm(2**16) - 2**15).short().view(dtype)
+    bits = torch.randint(-(2**31), 2**31, (2**16,)).int() & -4
+    bits[:4] = torch.tensor([2**31 - 1, -1, 0x7F800001, 0x7FFF8000])
+    return bits.view(dtype)
+
+
+@pytest.mark.parametrize("trace_dtype, empty_dtype", PAIRS, ids=str)
+def test_lanes_round_any_value_once(seed, backend, trace_dtype, empty_dtype):
+    trace, empty = patterns(trace_dtype), patterns(empty_dtype)
+    expected = (0.5 * trace.float() + 0.5 * empty.float()).to(trace_dtype)  # halves are exact, subnormal or not
+    assert not K.blend_gradients([trace], [empty], 0.5).finite
+    assert torch.equal(trace.isnan(), expected.isnan())
+    bits = torch.int32 if trace_dtype == torch.float32 else torch.int16
+    numbers = ~expected.isnan()
+    assert torch.equal(trace.view(bits)[numbers], expected.view(bits)[numbers])  # and the signs of zeros
+
+
+@pytest.mark.parametrize("trace_dtype, empty_dtype", PAIRS, ids=str)
+def test_lanes_of_any_length(seed, backend, trace_dtype, empty_dtype):
+    for n in LENGTHS:
+        trace, empty = torch.randn(n + 70).to(trace_dtype), torch.randn(n + 70).to(empty_dtype)
+        (exact,), sums = exactly([trace[:n]], [empty[:n]], 0.5)
+        expected = torch.cat((exact.to(trace_dtype), trace[n:]))  # what lies behind stays
+        stats = K.blend_gradients([trace[:n]], [empty[:n]], 0.5)
+        torch.testing.assert_close(trace, expected, rtol=torch.finfo(trace_dtype).eps, atol=1e-7)
+        assert torch.equal(trace[n:], expected[n:]) and stats.finite
+        assert ((torch.stack(stats[:3]) - sums[:3]).abs() <= 1e-6 * sums[:2].max()).all()
+
+
+@pytest.mark.parametrize("trace_dtype, empty_dtype", PAIRS, ids=str)
+def test_lanes_see_what_is_not_finite_at_any_place(backend, trace_dtype, empty_dtype):
+    n = LENGTHS[-1]
+    for place, which, value in itertools.product(range(n), (0, 1), (torch.nan, torch.inf, -torch.inf)):
+        lists = [torch.ones(n, dtype=trace_dtype)], [torch.ones(n, dtype=empty_dtype)]
+        lists[which][0][place] = value
+        stats = K.blend_gradients(*lists, 0.0 if place % 2 else 0.5)  # 0 * inf is NaN
+        assert not stats.finite
+        assert (~lists[0][0].isfinite()).nonzero().flatten().tolist() == [place]
+
+
+@pytest.mark.parametrize("trace_dtype, empty_dtype", PAIRS, ids=str)
+def test_lanes_take_large_values_as_finite(backend, trace_dtype, empty_dtype):
+    n = LENGTHS[-1]
+    for place, sign in itertools.product(range(n), (1, -1)):
+        trace, empty = torch.ones(n, dtype=trace_dtype), torch.ones(n, dtype=empty_dtype)
+        trace[place], empty[place] = 3e38, sign * 3e38
+        stats = K.blend_gradients([trace], [empty], 0.5)
+        assert stats.finite and [float(x) for x in stats[:3]] == [torch.inf, torch.inf, sign * torch.inf]
+
+
+@built
+@pytest.mark.parametrize("alpha", (0.9, 0.1))
+def test_lanes_round_the_smaller_product_alone(seed, alpha):
+    if torch.ops.longtrace.cpu_capability() == "baseline":
+        pytest.skip("which product is rounded, if one is not, is the compiler's choice")
+    trace, empty = torch.randn(70_000), torch.randn(70_000)
+    large, small = (trace, empty) if alpha > 0.5 else (empty, trace)
+    of_large, of_small = torch.tensor([max(alpha, 1 - alpha), min(alpha, 1 - alpha)])
+    expected = (of_large.double() * large.double() + (of_small * small).double()).float()
+    K.blend_gradients([trace], [empty], alpha)
+    assert (trace != expected).sum() <= 1  # float64 may round a tie into being
+
+
+@pytest.mark.slow
+@built
+@pytest.mark.parametrize("capability", ("baseline", "avx2", "avx512"))
+def test_narrower_instruction_sets(capability):
+    pick = ["--import-mode=importlib", "-p", "no:cacheprovider", "-k", "(lanes or float64) and not reference"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *pick, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LONGTRACE_CPU_CAPABILITY": capability},
+    )
+    assert done.returncode == 0, done.stdout[-4000:]  # 5 where nothing was picked
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float64), ids=str)
