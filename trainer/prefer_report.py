@@ -172,13 +172,8 @@ def _rewards(steps: list[dict]) -> str:
 def _blend(steps: list[dict]) -> str:
     if not column(steps, "alpha")[1]:
         return ""
-    pictures = [
-        chart(
-            _alpha(steps),
-            title="Alpha",
-            caption="Used, and estimated with two standard errors." if _told(steps) else "",
-        )
-    ]
+    note = "Used, and estimated with two standard errors." if _told(steps) else ""
+    pictures, alpha = [], chart(_alpha(steps), title="Alpha", caption=note, size=(9.2, 3.1))
     if _told(steps):
         norms = [
             ("grad_norm_trace", "trace", BLUE),
@@ -202,7 +197,7 @@ def _blend(steps: list[dict]) -> str:
             chart(_lines(steps, [("grad_cosine", "", BLUE)], level=0.0), title="Cosine of the two gradients"),
             chart(_lines(steps, [("path_distance_sq", "", BLUE)], level=0.0), title="Distance of the two gradients", caption=note),
         ]  # fmt: skip
-    return "".join(side_by_side(*pictures[i : i + 2]) for i in range(0, len(pictures), 2))
+    return alpha + "".join(side_by_side(*pictures[i : i + 2]) for i in range(0, len(pictures), 2))
 
 
 def _told(steps: list[dict]) -> bool:
