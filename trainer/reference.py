@@ -85,7 +85,7 @@ def _key(model: Model, rows: Sequence[PairBatch]) -> str:
         if "lora_" not in name:
             weight = weight.detach().cpu().contiguous()
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.view(torch.uint8).numpy().data)
+            digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     for row in rows:
         for values in (row.input_ids, row.cu_seqlens, row.labels):
             digest.update(values.numpy().tobytes())
