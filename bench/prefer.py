@@ -24,7 +24,9 @@ from .sft_throughput import BETAS, CLIP, EPS, LR, Replay, measured, model_folder
 
 BETA = 0.1
 PAIRS = 2  # a step
-SPREAD = 4  # times: the longest completion over the shortest
+SPREAD = 4  # times: the longest document over the shortest
+APART = 4 / 3  # times: the longer document of a pair over the shorter, at most
+FASTER, LEANER = 2.0, 0.5  # than the best of TRL's, each measure by itself
 PROMPT = 64
 
 # name: (worker, package it needs, how it holds and computes with weights)
@@ -77,10 +79,13 @@ def bench(config: BenchConfig) -> None:
     report(
         "prefer", "Preference optimisation", config, machine, results, skipped | failed, what,
         policies={name: IMPLS[name][2] for name in results},
-        checks=[_first_loss(name, found[0]["losses"][0]) for name, found in results.items()] + blended["checks"],
+        checks=[_first_loss(name, found[0]["losses"][0]) for name, found in results.items()]
+        + _against_best(results)
+        + blended["checks"],
         ratios=blended["ratios"],
         blend=blended["rows"],
-        reference_seconds={name: harness.median(found, "reference_seconds") for name, found in results.items()},
+        setup_seconds={name: harness.median(found, "setup_seconds") for name, found in results.items()},
+        padding=padding(pairs["offsets"]),
     )  # fmt: skip
     if failed:
         raise Refusal(f"bench prefer: {', '.join(failed)} did not finish; the record says why")
@@ -90,6 +95,32 @@ def _first_loss(name: str, loss: float) -> str:
     """Where the policy is the reference still, a margin is 0 and DPO's loss ln 2."""
     off = abs(loss - math.log(2))
     return f"{'holds' if off < 1e-6 else 'FAILS'}: {name}: first loss {loss:.7f}, ln 2 to 1e-6 (off by {off:.1e})"
+
+
+def _against_best(results: dict[str, list[dict]]) -> list[str]:
+    """Ours beside the fastest and the leanest of TRL's: a line for time and one for memory."""
+    theirs = [name for name in results if name.startswith("trl")]
+    if "longtrace" not in results or not theirs:
+        return []
+
+    def rate(name: str) -> float:
+        return float(np.median([t / s for found in results[name] for t, s in zip(found["tokens"], found["seconds"])]))
+
+    def peak(name: str) -> float:
+        return harness.median(results[name], "peak_mb")
+
+    fastest, leanest = max(theirs, key=rate), min(theirs, key=peak)
+    speed, memory = rate("longtrace") / rate(fastest), peak("longtrace") / peak(leanest)
+    return [
+        f"{'holds' if speed >= FASTER else 'FAILS'}: {speed:.2f}x the tokens per second of {fastest}, at least {FASTER:g}",
+        f"{'holds' if memory <= LEANER else 'FAILS'}: {memory:.2f}x the memory of {leanest}, at most {LEANER:g}",
+    ]
+
+
+def padding(offsets: np.ndarray) -> float:
+    """Padding over tokens where each pair is padded to its longer document, as TRL does."""
+    lengths = np.diff(offsets).reshape(-1, 2)
+    return float(2 * lengths.max(1).sum() / lengths.sum() - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,13 +136,15 @@ def pairs_of(config: BenchConfig, model: Path) -> tuple[dict[str, np.ndarray], s
     rng = np.random.default_rng(0)
     prompt = min(PROMPT, shortest // 2)
     frequency = 1.0 / (np.arange(3, vocabulary) + 10.0)
-    lengths = rng.integers(shortest, config.tokens + 1, 2 * count)
+    chosen = rng.integers(shortest, config.tokens + 1, count)
+    rejected = chosen * APART ** rng.uniform(-1, 1, count)
+    lengths = np.stack([chosen, np.clip(rejected.astype(int), shortest, config.tokens)], 1).ravel()
     ids = rng.choice(np.arange(3, vocabulary), size=int(lengths.sum()), p=frequency / frequency.sum())
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for chosen, rejected in offsets[:-1].reshape(-1, 2):
         ids[rejected : rejected + prompt] = ids[chosen : chosen + prompt]
     pairs = {"tokens": ids.astype(np.uint32), "offsets": offsets, "prompts": np.full(2 * count, prompt)}
-    return pairs, f"generated tokens, completions of {shortest:,} to {config.tokens:,} with a prompt of {prompt}"
+    return pairs, f"generated, {shortest:,} to {config.tokens:,} tokens a side, {prompt} of them the prompt"
 
 
 def _pairs_of_data(config: BenchConfig, model: Path, count: int, shortest: int) -> tuple[dict[str, np.ndarray], str]:
@@ -164,18 +197,18 @@ def ours(job: dict) -> dict:
         steps=job["steps"] + 1, lr=LR, schedule="constant", warmup=0, betas=BETAS, adam_eps=EPS, weight_decay=0.0,
         clip=CLIP, dtype="bf16", activation_checkpointing="off", device="cpu", rope="none", loss="dpo", beta=BETA,
     )  # fmt: skip
+    began = time.perf_counter()
     model = load_model(config)
     source = PairSource(pairs, np.arange(count), tokens_per_row=tokens, pairs_per_step=PAIRS, seed=0)
     numbers = np.arange(count).reshape(-1, PAIRS).tolist()
     rows = [row for step in numbers for row in source.rows(step)]
-    began = time.perf_counter()
     with computing_in(model, DTYPES["bf16"]):
         source.keep_reference(rows, reference_log_probs(model, rows))
     seconds = time.perf_counter() - began
     if job["impl"] == "longtrace-checkpointing":
         checkpoint_activations(model)
     replay = Replay([source.rows(step) for step in numbers], tokens)
-    return replay.run(train.run, config, model, Preference("dpo", BETA), floor) | {"reference_seconds": seconds}
+    return replay.run(train.run, config, model, Preference("dpo", BETA), floor) | {"setup_seconds": seconds}
 
 
 def trl(job: dict) -> dict:
@@ -229,8 +262,8 @@ def trl(job: dict) -> dict:
         train_sampling_strategy="sequential", dataloader_pin_memory=False, logging_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, seed=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if autocast else torch.bfloat16)
     began = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if autocast else torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     trainer = Tokenised(
         model=model,
@@ -244,4 +277,4 @@ def trl(job: dict) -> dict:
     trainer.train()
     steps = np.reshape(losses, (job["steps"], -1)).mean(1).tolist()
     tokens = np.diff(arrays["offsets"]).reshape(job["steps"], -1).sum(1).tolist()
-    return measured(marks, steps, tokens, floor, peaks[-1]) | {"reference_seconds": seconds}
+    return measured(marks, steps, tokens, floor, peaks[-1]) | {"setup_seconds": seconds}

@@ -33,9 +33,11 @@ def test_generated_pairs_share_their_prompts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000}))
     pairs, text = prefer.pairs_of(bench.BenchConfig(name="prefer", tokens=800, steps=3), tmp_path)
     lengths = np.diff(pairs["offsets"])
-    assert "completions of 200 to 800 with a prompt of 64" in text
+    assert "200 to 800 tokens a side, 64 of them the prompt" in text
     assert len(lengths) == len(pairs["prompts"]) == 2 * prefer.PAIRS * 3
     assert lengths.min() >= 200 and lengths.max() <= 800 and len(set(lengths.tolist())) > 6
+    assert (lengths.reshape(-1, 2).max(1) / lengths.reshape(-1, 2).min(1)).max() <= 1.35
+    assert prefer.padding(np.array([0, 10, 40])) == 0.5
     assert pairs["tokens"].dtype == np.uint32 and len(pairs["tokens"]) == pairs["offsets"][-1]
     assert pairs["tokens"].min() >= 3 and pairs["tokens"].max() < 1000
     for chosen, rejected in pairs["offsets"][:-1].reshape(-1, 2):
@@ -61,7 +63,7 @@ def test_pairs_of_data_are_those_of_the_asked_lengths(tmp_path, tiny_model):
 
 def measured(seconds, losses, peak):
     found = {"seconds": seconds, "tokens": [1000] * len(seconds), "losses": losses, "peak_mb": peak}
-    return found | {"floor_mb": 500.0, "reference_seconds": 2.0}
+    return found | {"floor_mb": 500.0, "setup_seconds": 2.0}
 
 
 def test_the_record_answers_both_questions(tmp_path, monkeypatch):
@@ -81,9 +83,12 @@ def test_the_record_answers_both_questions(tmp_path, monkeypatch):
     assert [row["impl"] for row in record["rows"]] == ["longtrace", "trl"] and asked == [["tensors:64x65536"]]
     assert record["ratios"]["tokens_per_s_vs_trl"] == 3.0 and record["ratios"]["peak_mb_vs_trl"] == 0.4
     assert record["ratios"]["bf16: torch foreach / longtrace"] == 2.0
-    assert [check.partition(":")[0] for check in record["checks"]] == ["holds", "FAILS", "holds"]
+    assert [check.partition(":")[0] for check in record["checks"]] == ["holds", "FAILS", "holds", "holds", "holds"]
+    assert record["checks"][2:4] == [
+        "holds: 3.00x the tokens per second of trl, at least 2", "holds: 0.40x the memory of trl, at most 0.5",
+    ]  # fmt: skip
     assert "trl: first loss 0.6931492, ln 2 to 1e-6 (off by 2.0e-06)" in record["checks"][1]
-    assert record["skipped"] == {"trl-unmasked": "killed"} and record["reference_seconds"]["trl"] == 2.0
+    assert record["skipped"] == {"trl-unmasked": "killed"} and record["setup_seconds"]["trl"] == 2.0
     assert (tmp_path / "prefer.png").stat().st_size > 5000
 
 
