@@ -184,7 +184,7 @@ def ours(job: dict) -> dict:
     from longtrace.trainer.prefer import PreferConfig
     from longtrace.trainer.preference import Preference
     from longtrace.trainer.preferences import PairSet
-    from longtrace.trainer.reference import reference_log_probs
+    from longtrace.trainer.reference import Reference
 
     os.environ["XDG_CACHE_HOME"] = str(Path.cwd())  # what other runs computed is not there
     floor = peak_bytes("cpu")
@@ -203,7 +203,7 @@ def ours(job: dict) -> dict:
     numbers = np.arange(count).reshape(-1, PAIRS).tolist()
     rows = [row for step in numbers for row in source.rows(step)]
     with computing_in(model, DTYPES["bf16"]):
-        source.keep_reference(rows, reference_log_probs(model, rows))
+        source.keep_reference(Reference(model)(rows, 2 * count, "pairs"))
     seconds = time.perf_counter() - began
     if job["impl"] == "longtrace-checkpointing":
         checkpoint_activations(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -43,7 +43,8 @@ class PairSource:
         if len(prompts) == 0:
             raise Refusal("no pairs to train on: every row was left out")
         self.pairs, self.numbers, self.seed = pairs, np.asarray(prompts), seed
-        self.tokens_per_row, self.pairs_per_step, self.grouped = tokens_per_row, pairs_per_step, grouped
+        self.tokens_per_row, self.grouped = tokens_per_row, grouped
+        self.pairs_per_step = min(pairs_per_step, len(self.numbers))  # no step holds all pairs more than once
         self.weights = weights
         longest = int(self.pair_lengths[self.numbers].max())
         if longest > tokens_per_row:
@@ -81,7 +82,7 @@ class PairSource:
         """The packed rows of one optimizer step."""
         n = self.pairs_per_step
         if self.prompts_in_all is not None:
-            n = min(n, self.prompts_in_all - self.steps * self.pairs_per_step)
+            n = min(n, self.prompts_in_all - self.taken)
         weights = self.weights(self.steps)
         self.metrics = {"alpha": weights[0]} if len(self.pairs.paths) > 1 else {}
         self.steps += 1
@@ -134,27 +135,40 @@ class PairSource:
 
     # ---- the reference ----------------------------------------------------------------------------------------------
 
-    def first_pass(self, steps: int) -> list[PairBatch]:
+    def first_pass(self, steps: int) -> Iterator[PairBatch]:
         """The rows in which each pair that `steps` steps come to is trained on for the first time, as they will be packed."""
         ahead = copy.copy(self)
         ahead.steps = ahead.epoch = ahead.cursor = 0
         ahead._shuffle()
-        needed = min(steps, -(-len(self.numbers) // self.pairs_per_step))
-        return [batch for _ in range(needed) for batch in ahead.next()]
+        for _ in range(min(steps, -(-len(self.numbers) // self.pairs_per_step))):
+            yield from ahead.next()
 
-    def keep_reference(self, batches: list[PairBatch], log_probs: list[np.ndarray]) -> None:
+    def completions_ahead(self, steps: int) -> int:
+        """How many completions `first_pass` comes to."""
+        n = min(steps, -(-len(self.numbers) // self.pairs_per_step)) * self.pairs_per_step
+        if self.prompts_in_all is not None:
+            n = min(n, self.prompts_in_all)
+        return 2 * len(self.pairs.paths) * n
+
+    def keep_reference(self, found: Iterable[tuple[PairBatch, np.ndarray]]) -> None:
         """Takes the summed log-probs of `first_pass`'s rows; of a pair met twice, those it had first."""
-        self.reference = np.full(len(self.pairs.lengths), np.nan)
-        for batch, values in zip(batches, log_probs):
+        reference = np.full(len(self.pairs.lengths), np.nan)
+        for batch, values in found:
             for d, value in zip(batch.completions, values):
-                if np.isnan(self.reference[d]):
-                    self.reference[d] = value
+                if np.isnan(reference[d]):
+                    reference[d] = value
+        self.reference = reference
 
     # ---- its state --------------------------------------------------------------------------------------------------
 
     def steps_left(self) -> int:
         """Steps until `epochs` are done; the last may hold fewer pairs, so that no pair is seen more often than another."""
-        return max(0, -(-self.prompts_in_all // self.pairs_per_step) - self.steps)
+        return max(0, -(-(self.prompts_in_all - self.taken) // self.pairs_per_step))
+
+    @property
+    def taken(self) -> int:
+        """Prompts seen so far, again and again."""
+        return self.epoch * len(self.order) + self.cursor
 
     @property
     def progress(self) -> float:

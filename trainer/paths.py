@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
 from longtrace import kernels as K
 
@@ -20,9 +21,12 @@ from .config import Refusal
 from .model import Masters
 from .source import PairBatch
 
+console = Console()
+
 GROUPS = 8  # samples of the gradients a step is cut into
 FEWEST = 3  # below which a step says nothing of their variance
-SIGNIFICANT = 2.0  # standard errors that the estimate has to be away from START
+SIGNIFICANT = 2.0  # standard errors that the estimate has to be away from START, once
+SETTLED = 4  # steps before that may be found
 START = 0.5
 EDGE = 0.01  # with one buffer a path of weight 0 could not be estimated any more
 
@@ -38,6 +42,7 @@ class Alpha:
     @staticmethod
     def parse(text: str) -> Alpha:
         """auto, 0.5 or 1:0.5. Raises Refusal."""
+        text = str(text)  # of a Python call
         if text == "auto":
             return Alpha(START, START, auto=True)
         try:
@@ -70,11 +75,12 @@ class Paths:
     gradient, with `apart`. The estimate of alpha runs in both: with `apart` it counts the step it blends, else the steps before.
     """
 
-    def __init__(self, alpha: Alpha, *, pairs_per_step: int, apart: bool, clip: float = 0.0):
-        self.schedule, self.pairs, self.apart, self.clip = alpha, pairs_per_step, apart, clip
+    def __init__(self, alpha: Alpha, *, apart: bool, clip: float = 0.0):
+        self.schedule, self.apart, self.clip = alpha, apart, clip
         self.running = K.RunningStatistics()
         self.alpha = self.used = alpha.first  # as of now; of the step at hand
         self.trusted = False  # the estimate has been significant
+        self.warned = False  # of a D^2 below 0
         self.metrics: dict[str, float] = {}
         self._sketch: K.CountSketch | None = None
         self._begin()
@@ -83,7 +89,8 @@ class Paths:
         self.samples: dict[int, dict[int, torch.Tensor | float]] = {0: defaultdict(float), 1: defaultdict(float)}
         self.prompts: dict[int, float] = defaultdict(float)
         self.active = 0  # the path whose buffers the masters hold
-        self.before = [0.0, 0.0]  # the sketches of the two buffers (of the one: both the same) so far
+        self.before = [0.0, 0.0]  # the sketches of the two buffers (of the one: the first) so far
+        self.open: tuple[int, int, float] | None = None  # (group, path, scale) whose rows are under way
 
     def weights(self, step: int, steps: int) -> tuple[float, float]:
         """What a trace pair's and an empty pair's losses are multiplied by in this step."""
@@ -97,26 +104,35 @@ class Paths:
     @contextmanager
     def of(self, batch: PairBatch, masters: Masters, count: float) -> Iterator[None]:
         """Around a backward: its gradients go to its path's buffer, and what they add to it into the group's sample."""
-        path, weight = int(batch.path[0]), float(batch.weight[0])
+        path = int(batch.path[0])
+        if self.open is None or self.open[:2] != (batch.group, path):
+            self._close(masters)
+            self.open = batch.group, path, count / float(batch.weight[0])
         if self.apart and path != self.active:
             masters.swap_gradients()
             self.active = path
-        yield
-        mine = path if self.apart else 0
-        held = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters.masters.values()]
-        if self._sketch is None:
-            self._sketch = K.CountSketch([m.numel() for m in masters.masters.values()])
-        now = self._sketch(held)
-        # the sketch is linear: what this backward added is the difference, and no third buffer is needed
-        self.samples[path][batch.group] += (now - self.before[mine]) * (count / weight)
-        self.before[mine] = now
         if path == 0:
             self.prompts[batch.group] += len(batch.path)
+        yield
 
-    def finish(self, masters: Masters, losses: tuple[float, float]) -> float:
-        """Estimates, then blends; the masters are left with the step's gradient. Returns the blend of the paths' mean losses;
-        `metrics` says what else was found."""
+    def _close(self, masters: Masters) -> None:
+        """Samples what the rows since the last call added: the sketch is linear, so the difference of two sums will do, and no
+        third buffer is needed."""
+        if self.open is None:
+            return
+        group, path, scale = self.open
+        if self._sketch is None:
+            self._sketch = K.CountSketch([m.numel() for m in masters.masters.values()])
+        now = self._sketch([torch.zeros_like(m) if m.grad is None else m.grad for m in masters.masters.values()])
+        mine = path if self.apart else 0
+        self.samples[path][group] += (now - self.before[mine]) * scale
+        self.before[mine] = now
+
+    def finish(self, masters: Masters, metrics: dict[str, float]) -> float:
+        """Estimates, then blends; the masters are left with the step's gradient. Returns the blend of the paths' mean losses,
+        which are in the step's `metrics`; the object's own say what else was found."""
         self.metrics = {}
+        self._close(masters)
         if self.apart and self.active == 1:
             masters.swap_gradients()
         groups = sorted(self.prompts)
@@ -132,39 +148,49 @@ class Paths:
             self.metrics |= self._norms()
         self.metrics["alpha"] = self.used
         self._begin()
-        return self.used * losses[0] + (1 - self.used) * losses[1]
+        return self.used * metrics["loss_trace"] + (1 - self.used) * metrics["loss_empty"]
 
     def _estimate(self, found: K.PathStatistics) -> None:
         self.running.update(found)
-        value = self.running.value()
-        best = K.optimal_alpha(value, self.pairs)
-        self.trusted |= abs(best.alpha - START) > SIGNIFICANT * best.error
+        value, prompts = self.running.value(), sum(self.prompts.values())
+        best = K.optimal_alpha(value, prompts)
+        self.trusted |= self.running.steps >= SETTLED and abs(best.alpha - START) > SIGNIFICANT * best.error
         if self.schedule.auto:
             self.alpha = best.alpha if self.trusted else START
-        self.metrics |= {
-            "alpha_estimate": best.alpha,
-            "alpha_error": best.error,
+        if best.clipped and self.schedule.auto and not self.warned:
+            self.warned = True
+            console.print(
+                "alpha: the squared distance of the two paths' gradients came out below 0 and counts as 0 (their noise hides "
+                "it); more --pairs-per-step would show it",
+                style="yellow", soft_wrap=True,
+            )  # fmt: skip
+        told = {
             "path_distance_sq": best.distance_sq,
             "path_distance_clipped": float(best.clipped),
-            "grad_variance_trace": K.gradient_variance(value, self.pairs, 1.0),
-            "grad_variance_empty": K.gradient_variance(value, self.pairs, 0.0),
-            "grad_variance": K.gradient_variance(value, self.pairs, self.alpha if self.apart else self.used),
+            "grad_variance_trace": K.gradient_variance(value, prompts, 1.0),
+            "grad_variance_empty": K.gradient_variance(value, prompts, 0.0),
+            "grad_variance": K.gradient_variance(value, prompts, self.alpha if self.apart else self.used),
         }
+        if math.isfinite(best.error):  # else the paths do not differ, and any alpha will do
+            told |= {"alpha_estimate": best.alpha, "alpha_error": best.error}
+        self.metrics |= told
 
     def _blend(self, masters: Masters) -> None:
-        trace, empty = masters.paired_gradients()
-        for grads, name in ((trace, "trace"), (empty, "empty")):
+        both = masters.paired_gradients()
+        norms = [1.0, 1.0]  # by which what the blend sees was divided
+        for path, (grads, name) in enumerate(zip(both, ("trace", "empty"))):
             if self.clip:
                 norm = float(torch.nn.utils.get_total_norm(grads))
                 self.metrics[f"clipped_{name}"] = float(norm > self.clip)
                 if norm > self.clip:
                     torch._foreach_mul_(grads, self.clip / norm)
-        stats = K.blend_gradients(trace, empty, self.alpha)
+                    norms[path] = norm / self.clip
+        stats = K.blend_gradients(*both, self.alpha)
         masters.drop_other_gradients()
-        norms = math.sqrt(float(stats.trace_sq)), math.sqrt(float(stats.empty_sq))
-        self.metrics |= {"grad_norm_trace": norms[0], "grad_norm_empty": norms[1]}
-        if norms[0] * norms[1] > 0:
-            self.metrics["grad_cosine"] = float(stats.dot) / (norms[0] * norms[1])
+        clipped = math.sqrt(float(stats.trace_sq)), math.sqrt(float(stats.empty_sq))
+        self.metrics |= {"grad_norm_trace": clipped[0] * norms[0], "grad_norm_empty": clipped[1] * norms[1]}
+        if clipped[0] * clipped[1] > 0:
+            self.metrics["grad_cosine"] = float(stats.dot) / (clipped[0] * clipped[1])
 
     def _norms(self) -> dict[str, float]:
         """The same from the sketches, where there is one buffer."""

@@ -20,12 +20,12 @@ from .config import Refusal, TrainConfig, parse_columns
 from .evaluate import wilson
 from .model import DTYPES, Model, check_model, computing_in, load_model
 from .pair_source import PairSource
-from .paths import FEWEST, Alpha, Paths
+from .paths import FEWEST, GROUPS, Alpha, Paths
 from .prefer_report import prefer_report
 from .preference import DEFAULTS, Preference, PreferenceLoss
 from .preferences import PairSet, load_pairs
-from .reference import reference_log_probs
-from .train import RunResult, describe, planned, resolve, run, stop_at
+from .reference import Reference
+from .train import RunResult, describe, planned, refusing_out_of_memory, resolve, run, stop_at
 
 console = Console()
 
@@ -75,7 +75,7 @@ class PreferConfig(TrainConfig):
     blend: Literal["auto", "loss", "gradients"] = "auto"
     """What alpha weighs: loss = the paths' losses, in one backward; gradients = the paths' gradients, from two buffers; auto = gradients where alpha is estimated."""
     path_clip: float = 0.0
-    """Largest norm of each path's gradient before they are blended (0 = no clipping; with --blend gradients)."""
+    """Largest norm of each path's gradient before they are blended (0 = no clipping; with --blend gradients; auto's estimate is of gradients that are not clipped)."""
 
     @property
     def gradient_buffers(self) -> int:
@@ -128,6 +128,7 @@ def prefer(config: PreferConfig) -> RunResult | None:
     alpha = Alpha.parse(config.alpha)
     model = load_model(config)
     check_model(model)
+    drop_nothing(model)
     read = dict(
         paths=alpha.paths, template=config.template, max_tokens=config.max_tokens, on_too_long=config.on_too_long,
         columns=parse_columns(config.columns), skip_bad_rows=config.skip_bad_rows,
@@ -138,22 +139,22 @@ def prefer(config: PreferConfig) -> RunResult | None:
     if held:
         console.print(held.audit.table())
     numbers, held_out = (np.arange(len(pairs)), np.arange(len(held))) if held else hold_out(pairs, config)
-    most = int(np.sort(prompt_lengths(pairs)[numbers])[-config.pairs_per_step :].sum())  # tokens in a step
-    config.tokens_per_row = asked_row or min(config.tokens_per_row, most)
-    config.tokens_per_step = config.tokens_per_row * -(-most // config.tokens_per_row)
-
-    steps = config.steps or -(-max(1, round(len(numbers) * config.epochs)) // config.pairs_per_step)
+    pairs_per_step = min(config.pairs_per_step, len(numbers))
+    if alpha.auto and pairs_per_step < FEWEST:
+        raise Refusal(
+            f"--alpha auto with {len(numbers)} prompts to train on: accepted: {FEWEST} or more, to see how gradients vary"
+        )
+    steps = config.steps or -(-max(1, round(len(numbers) * config.epochs)) // pairs_per_step)
     paths = None
     if alpha.auto or config.blend == "gradients":
-        paths = Paths(
-            alpha, pairs_per_step=config.pairs_per_step, apart=config.blend == "gradients", clip=config.path_clip
-        )
+        paths = Paths(alpha, apart=config.blend == "gradients", clip=config.path_clip)
+    _size_rows(config, asked_row, pairs, numbers, pairs_per_step, grouped=paths is not None)
 
     def weights(step: int) -> tuple[float, float]:
         return paths.weights(step, steps) if paths else (alpha.at(step, steps), 1 - alpha.at(step, steps))
 
     source = PairSource(
-        pairs, numbers, tokens_per_row=config.tokens_per_row, pairs_per_step=config.pairs_per_step, seed=config.seed,
+        pairs, numbers, tokens_per_row=config.tokens_per_row, pairs_per_step=pairs_per_step, seed=config.seed,
         epochs=None if config.steps else config.epochs, weights=weights, grouped=paths is not None,
     )  # fmt: skip
     objective = Preference(
@@ -200,6 +201,26 @@ def prefer(config: PreferConfig) -> RunResult | None:
     return result
 
 
+def drop_nothing(model: Model) -> None:
+    """Turns off the model's own dropout (not that of adapters): policy and reference would differ by noise from the first step."""
+    for name, module in model.hf.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+
+
+def _size_rows(
+    config: PreferConfig, asked: int, pairs: PairSet, numbers: np.ndarray, pairs_per_step: int, *, grouped: bool
+) -> None:
+    """Sets the tokens of a row, no more than are ever put into one, and of a step: what memory is planned with."""
+    each = pairs.lengths.reshape(len(pairs), len(pairs.paths), 2).sum(-1)[numbers]  # (prompts, paths)
+    each = each.max(1) if grouped else each.sum(1)  # rows of one path, or of both
+    together = -(-pairs_per_step // GROUPS) if grouped else pairs_per_step
+    most = int(np.sort(each)[-together:].sum())
+    config.tokens_per_row = asked or min(config.tokens_per_row, most)
+    rows = -(-most // config.tokens_per_row) * (2 * -(-pairs_per_step // together) if grouped else 1)
+    config.tokens_per_step = config.tokens_per_row * rows
+
+
 def prompt_lengths(pairs: PairSet) -> np.ndarray:
     """(prompts,) tokens of all of a prompt's documents."""
     return pairs.lengths.reshape(len(pairs), -1).sum(1)
@@ -223,13 +244,12 @@ def hold_out(pairs: PairSet, config: PreferConfig) -> tuple[np.ndarray, np.ndarr
 
 def _take_reference(config: PreferConfig, model: Model, source: PairSource, judge: Judge | None, steps: int) -> None:
     """Gives source and judge the summed log-probs of the model as it starts: a forward over the first epoch, and held-out pairs."""
-    with computing_in(model, DTYPES[config.dtype]):
-        batches = source.first_pass(steps)
-        source.keep_reference(batches, reference_log_probs(model, batches, budget_mb=config.head_budget_mb))
+    with computing_in(model, DTYPES[config.dtype]), refusing_out_of_memory(config.tokens_per_row):
+        reference = Reference(model, config.head_budget_mb)
+        source.keep_reference(reference(source.first_pass(steps), source.completions_ahead(steps), "training pairs"))
         if judge:
-            found = reference_log_probs(model, judge.batches, budget_mb=config.head_budget_mb)
-            for batch, values in zip(judge.batches, found):
-                batch.reference = torch.from_numpy(values)
+            held = judge.source
+            held.keep_reference(reference(held.first_pass(1), held.completions_ahead(1), "held-out pairs"))
 
 
 class Judge:
@@ -241,11 +261,11 @@ class Judge:
         alpha = Alpha.parse(config.alpha)
         share = alpha.first if alpha.first == alpha.last and not alpha.auto else 0.5  # one that does not move
         self.model, self.objective, self.suffixes = model, objective, objective.suffixes[: len(alpha.paths)]
-        longest = int(prompt_lengths(held)[held_out].max())
-        source = PairSource(
-            held, held_out, tokens_per_row=max(config.tokens_per_row, longest), pairs_per_step=1, seed=0
-        )
-        self.batches = source.rows(held_out.tolist(), (share, 1 - share))
+        longest = int(held.lengths.reshape(len(held), -1, 2).sum(-1)[held_out].max())
+        self.source = PairSource(
+            held, held_out, tokens_per_row=max(config.tokens_per_row, longest), pairs_per_step=len(held_out), seed=0,
+            weights=lambda step: (share, 1 - share),
+        )  # fmt: skip
         # which of two lengths wins is learned where the model learns
         longer = [np.sign(d).sum() >= 0 for d in length_differences(*trained)]
         self.by_length = [
@@ -259,7 +279,7 @@ class Judge:
         self.model.hf.eval()
         total = count = 0.0
         sums: dict[str, tuple[float, int]] = {}
-        for batch in self.batches:
+        for batch in self.source.first_pass(1):
             batch = batch.to(self.model.device)
             value, told = self.objective(self.model.hidden(batch), self.model.head(), batch)
             total, count = total + float(value), count + batch.count
@@ -329,8 +349,9 @@ def plan_table(
     how = "on" if estimate.checkpointing else "off"
     grid.add_row("", f"rows of up to {config.tokens_per_row:,} tokens, activation checkpointing {how}")
     if estimate.seconds_per_token:
-        passes = 4 / 3 if config.loss == "dpo" else 1.0  # the reference's forward
-        seconds = estimate.seconds_per_token * float(tokens.mean()) * steps * config.pairs_per_step * passes
+        seen = steps * min(config.pairs_per_step, len(numbers))
+        forward = min(seen, len(numbers)) / 3 if config.loss == "dpo" else 0  # the reference's
+        seconds = estimate.seconds_per_token * float(tokens.mean()) * (seen + forward)
         grid.add_row(
             "time", f"at least {plan.seconds_text(seconds)} in all, at the rates measured here, nothing else counted"
         )

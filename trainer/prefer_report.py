@@ -172,49 +172,36 @@ def _rewards(steps: list[dict]) -> str:
 def _blend(steps: list[dict]) -> str:
     if not column(steps, "alpha")[1]:
         return ""
-    note = "Used, and estimated with two standard errors." if _told(steps) else ""
-    pictures, alpha = [], chart(_alpha(steps), title="Alpha", caption=note, size=(9.2, 3.1))
-    if _told(steps):
-        norms = [
-            ("grad_norm_trace", "trace", BLUE),
-            ("grad_norm_empty", "empty trace", GREEN),
-            ("grad_norm", "blend", ORANGE),
-        ]
-        variances = [
-            ("grad_variance_trace", "trace", BLUE),
-            ("grad_variance_empty", "empty trace", GREEN),
-            ("grad_variance", "blend", ORANGE),
-        ]
-        clipped = sum(column(steps, "path_distance_clipped")[1])
-        note = (
-            f"Squared, of the paths' means; below 0 in {clipped:.0f} steps, where it was taken as 0."
-            if clipped
-            else "Squared, of the paths' means."
+    note = "Used, and estimated with two standard errors." if column(steps, "alpha_estimate")[1] else ""
+    alpha = chart(_alpha(steps), title="Alpha", caption=note, size=(9.2, 3.1))
+    clipped = sum(column(steps, "path_distance_clipped")[1])
+    below = f"; below 0 in {clipped:.0f} steps, where it counts as 0." if clipped else "."
+    three = [("_trace", "trace", BLUE), ("_empty", "empty trace", GREEN), ("", "blend", ORANGE)]
+    pictures = [
+        chart(_lines(steps, lines, level=level), title=title, caption=caption)
+        for lines, title, caption, level in (
+            ([("grad_variance" + s, label, c) for s, label, c in three], "Variance of a step's gradient",
+             "Trace of its covariance, smoothed over steps.", None),
+            ([("grad_norm" + s, label, c) for s, label, c in three], "Gradient norms", "Before clipping.", None),
+            ([("grad_cosine", "", BLUE)], "Cosine of the two gradients", "", 0.0),
+            ([("path_distance_sq", "", BLUE)], "Distance of the two gradients", f"Squared, of the paths' means{below}", 0.0),
         )
-        pictures += [
-            chart(_lines(steps, variances), title="Variance of a step's gradient", caption="Trace of its covariance, smoothed over steps."),
-            chart(_lines(steps, norms), title="Gradient norms"),
-            chart(_lines(steps, [("grad_cosine", "", BLUE)], level=0.0), title="Cosine of the two gradients"),
-            chart(_lines(steps, [("path_distance_sq", "", BLUE)], level=0.0), title="Distance of the two gradients", caption=note),
-        ]  # fmt: skip
+        if column(steps, lines[0][0])[1]
+    ]  # fmt: skip
     return alpha + "".join(side_by_side(*pictures[i : i + 2]) for i in range(0, len(pictures), 2))
-
-
-def _told(steps: list[dict]) -> bool:
-    return bool(column(steps, "alpha_estimate")[1])
 
 
 def _alpha(steps: list[dict]):
     def draw(ax) -> None:
-        x, estimates = column(steps, "alpha_estimate")
-        errors = column(steps, "alpha_error")[1]
-        if estimates:
+        known = [row for row in steps if row.get("alpha_error") is not None]
+        if known:
+            (x, estimates), errors = column(known, "alpha_estimate"), column(known, "alpha_error")[1]
             low, high = ([max(0.0, min(1.0, a + s * 2 * e)) for a, e in zip(estimates, errors)] for s in (-1, 1))
             ax.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
             ax.plot(x, estimates, color=BLUE, linewidth=1, label="estimated")
         curve(ax, *column(steps, "alpha"), ORANGE, label="used")
         ax.set_ylim(-0.03, 1.03)
-        if estimates:
+        if known:
             ax.legend()
 
     return draw

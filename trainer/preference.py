@@ -108,7 +108,7 @@ class Preference:
         return self.paths.state_dict() if self.paths else {}
 
     def load_state_dict(self, state: dict) -> None:
-        if self.paths:
+        if self.paths and state:  # none of a run whose alpha was a number
             self.paths.load_state_dict(state)
 
 
@@ -117,8 +117,8 @@ def sequence_log_probs(
 ) -> torch.Tensor:
     """(2P,) float64: the summed log-probs of a row's completions, chosen and rejected in turn; differentiable.
 
-    hidden: (N, H) at the completions' positions. Sums of thousands of fp32 terms are taken in float64, one completion at a time, so that they
-    do not depend on what shares the row.
+    hidden: (N, H) at the completions' positions. Sums of thousands of fp32 terms are taken in float64, one completion at
+    a time, so that they do not depend on what shares the row.
     """
     rows = K.linear_log_prob(
         hidden,

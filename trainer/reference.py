@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +26,90 @@ from safetensors.torch import load_file, save
 
 from longtrace import kernels as K
 
-from .checkpoint import write_atomic
+from .config import NonFinite
 from .model import Model
 from .preference import sequence_log_probs
 from .source import PairBatch
 
 console = Console()
 
+ROWS = 32  # of a file: what a kill loses at most
 
-def reference_log_probs(model: Model, rows: Sequence[PairBatch], *, budget_mb: int = 0) -> list[np.ndarray]:
-    """For each row (2P,) float64: the summed log-probs of its completions under the model as it is now, adapters off.
 
-    Read from the cache where this model has seen these rows before.
-    """
-    path = cache_folder() / f"{_key(model, rows)}.safetensors"
-    sizes = [len(row.sizes) for row in rows]
-    found = _read(path, sum(sizes))
-    if found is None:
-        found = _compute(model, rows, budget_mb)
-        write_atomic(path, save({"log_probs": found}))
-        console.print(f"reference log-probs of {sum(sizes):,} completions: {path}", markup=False, soft_wrap=True)
-    else:
-        console.print(
-            f"reference log-probs of {sum(sizes):,} completions, computed before: {path}", markup=False, soft_wrap=True
+class Reference:
+    """The summed log-probs of completions under a model as it is now, adapters off, from the cache where they are in it."""
+
+    def __init__(self, model: Model, budget_mb: int = 0):
+        self.model, self.budget_mb = model, budget_mb
+
+    def __call__(self, rows: Iterable[PairBatch], count: int, what: str) -> Iterator[tuple[PairBatch, np.ndarray]]:
+        """Each row with (2P,) float64, the log-probs of its completions, `count` in all; holds ROWS rows at a time.
+
+        Raises NonFinite where the model gives one that is not finite.
+        """
+        rows, found_before = iter(rows), 0
+        columns = (
+            TextColumn(f"Reference: {what}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("completions"),
+            TimeRemainingColumn(),
         )
-    return [part.numpy() for part in found.split(sizes)]
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=count)
+            while some := list(islice(rows, ROWS)):
+                path, sizes = self.folder / f"{_digest(some)}.safetensors", [len(row.sizes) for row in some]
+                values = _read(path, sum(sizes))
+                if values is None:
+                    values = self._compute(some, lambda n: bar.advance(task, n))
+                    _write(path, values)
+                else:
+                    found_before += sum(sizes)
+                    bar.advance(task, sum(sizes))
+                yield from zip(some, (part.numpy() for part in values.split(sizes)))
+        known = f", {found_before:,} of them computed before" if found_before else ""
+        console.print(f"reference log-probs of {count:,} completions{known} ({what})", markup=False, soft_wrap=True)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Named by all that the values depend on besides the rows: weights, configuration, and what computes them."""
+        model, digest = self.model, hashlib.sha256()
+        device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+        made_by = [
+            K.__version__,
+            torch.__version__,
+            device,
+            re.sub(r"\(?\S*/\S*", "", K.explain()),
+            torch.get_num_threads(),
+        ]
+        config = {name: value for name, value in model.base.config.to_dict().items() if name != "_name_or_path"}
+        digest.update(json.dumps([made_by, config], default=str, sort_keys=True).encode())
+        for name, weight in model.base.named_parameters():
+            if "lora_" not in name:
+                weight = weight.detach().cpu().contiguous()
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+        return cache_folder() / digest.hexdigest()[:32]
+
+    @torch.no_grad()
+    def _compute(self, rows: list[PairBatch], advance) -> torch.Tensor:
+        model, parts = self.model, []
+        training = model.hf.training
+        model.hf.eval()
+        with model.hf.disable_adapter() if model.lora else nullcontext():
+            for row in rows:
+                moved = row.to(model.device)
+                parts.append(
+                    sequence_log_probs(model.hidden(moved), model.head(), moved, budget_mb=self.budget_mb).cpu()
+                )
+                if not bool(parts[-1].isfinite().all()):
+                    raise NonFinite(
+                        "the reference model's log-probs are not finite; nothing was trained. Rows of the data, counted from 0: "
+                        f"{sorted(set(row.documents))[:20]}"
+                    )
+                advance(len(row.sizes))
+        model.hf.train(training)
+        return torch.cat(parts)
 
 
 def cache_folder() -> Path:
@@ -54,42 +117,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longtrace" / "reference"
 
 
-@torch.no_grad()
-def _compute(model: Model, rows: Sequence[PairBatch], budget_mb: int) -> torch.Tensor:
-    model.hf.eval()
-    parts = []
-    columns = (
-        TextColumn("Reference log-probs"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeRemainingColumn(),
-    )
-    with (
-        model.hf.disable_adapter() if model.lora else nullcontext(),
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
-    ):
-        for row in bar.track(rows):
-            row = row.to(model.device)
-            parts.append(sequence_log_probs(model.hidden(row), model.head(), row, budget_mb=budget_mb).cpu())
-    model.hf.train()
-    return torch.cat(parts)
-
-
-def _key(model: Model, rows: Sequence[PairBatch]) -> str:
-    """SHA-256 (hex) of all that the values depend on: weights, configuration, rows as they are packed, and what computes them."""
+def _digest(rows: list[PairBatch]) -> str:
     digest = hashlib.sha256()
-    made_by = [K.__version__, torch.__version__, str(model.device.type), K.explain(), torch.get_num_threads()]
-    digest.update(json.dumps([made_by, model.base.config.to_dict()], default=str, sort_keys=True).encode())
-    for name, weight in model.base.named_parameters():
-        if "lora_" not in name:
-            weight = weight.detach().cpu().contiguous()
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     for row in rows:
         for values in (row.input_ids, row.cu_seqlens, row.labels):
             digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def _read(path: Path, completions: int) -> torch.Tensor | None:
@@ -98,3 +131,14 @@ def _read(path: Path, completions: int) -> torch.Tensor | None:
     except (OSError, SafetensorError, KeyError):  # none, or a file that is not what was written: computed anew
         return None
     return found if found.shape == (completions,) and bool(found.isfinite().all()) else None
+
+
+def _write(path: Path, values: torch.Tensor) -> None:
+    """Whole or not at all, whoever else writes it; a disk that takes nothing costs the next run a forward, not this one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            file.write(save({"log_probs": values}))
+        os.replace(file.name, path)
+    except OSError as error:
+        console.print(f"reference log-probs are not kept: {path}: {error.strerror}", style="yellow", markup=False)

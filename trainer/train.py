@@ -198,12 +198,19 @@ def run(
     checkpoint that does not fit), NonFinite, and SystemExit(143 or 130) after SIGTERM or Ctrl-C; the last two leave a
     checkpoint of the last whole step.
     """
-    try:
+    with refusing_out_of_memory(source.tokens_per_row):
         return _run(config, model, source, objective, steps, begin, finish, evaluate, flops_per_token, peak_flops)
+
+
+@contextlib.contextmanager
+def refusing_out_of_memory(tokens_per_row: int):
+    """Refusal that names what to lower, in the place of torch's errors."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise Refusal(
-                f"out of memory with --tokens-per-row {source.tokens_per_row:,}: lower it, or --head-budget-mb, or pass "
+                f"out of memory with --tokens-per-row {tokens_per_row:,}: lower it, or --head-budget-mb, or pass "
                 "--activation-checkpointing on, --optimizer adamw8bit or --lora-rank 16 (the README's table says which "
                 "helps when)"
             ) from error
@@ -328,7 +335,7 @@ def _run(config, model, source, objective, steps, begin, finish, evaluate, flops
             # ---- gate, clip, step ------------------------------------------------------------------------------------
             loss = float(loss_sum) / (count or 1)
             if paths:
-                loss = paths.finish(masters, (metrics["loss_trace"], metrics["loss_empty"]))
+                loss = paths.finish(masters, metrics)
             gradients = masters.gradients()
             grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -4,13 +4,14 @@ import json
 import math
 import random
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from longtrace.trainer import cli, prefer, reference
-from longtrace.trainer.config import Refusal, to_yaml
+from longtrace.trainer.config import NonFinite, Refusal, to_yaml
 from longtrace.trainer.prefer import PreferConfig
 
 
@@ -110,11 +111,11 @@ def test_resuming_is_exact(options, tiny_model, data, tmp_path):
 
 def test_the_reference_is_computed_once(tiny_model, data, tmp_path, cache, monkeypatch, capsys):
     prefer.prefer(config_of(tiny_model(), tmp_path / "a", data))
-    files = sorted(cache.iterdir())
+    files = sorted(cache.rglob("*.safetensors"))
     assert len(files) == 2 and "computed before" not in capsys.readouterr().out  # training and held-out pairs
-    monkeypatch.setattr(reference, "_compute", None)
+    monkeypatch.setattr(reference.Reference, "_compute", None)
     prefer.prefer(config_of(tiny_model(), tmp_path / "b", data, lr=1e-4, beta=0.3))
-    assert sorted(cache.iterdir()) == files
+    assert sorted(cache.rglob("*.safetensors")) == files
     assert "computed before" in capsys.readouterr().out
     for changes in (dict(model=str(tiny_model("qwen2"))), dict(dtype="bf16"), dict(seed=1)):
         with pytest.raises(TypeError):  # other weights, arithmetic or rows: asked for anew
@@ -126,7 +127,7 @@ def test_a_damaged_reference_is_computed_anew(damage, tiny_model, data, tmp_path
     from safetensors.torch import save_file
 
     prefer.prefer(config_of(tiny_model(), tmp_path / "a", data))
-    kept = {path: path.read_bytes() for path in cache.iterdir()}
+    kept = {path: path.read_bytes() for path in cache.rglob("*.safetensors")}
     for path, content in kept.items():
         if damage == "torn":
             path.write_bytes(content[:40])
@@ -135,8 +136,120 @@ def test_a_damaged_reference_is_computed_anew(damage, tiny_model, data, tmp_path
             values[3] = math.nan
             save_file({"log_probs": values if damage == "nan" else values[:3].clone()}, path)
     prefer.prefer(config_of(tiny_model(), tmp_path / "b", data))
-    assert {path: path.read_bytes() for path in cache.iterdir()} == kept
+    assert {path: path.read_bytes() for path in cache.rglob("*.safetensors")} == kept
     assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_reference_is_found_in_parts_and_under_another_name(tiny_model, data, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(reference, "ROWS", 2)
+    small = dict(pairs_per_step=4, tokens_per_row=200, eval_fraction=0.0)
+    prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, steps=2, **small))
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    shutil.copytree(tiny_model(), tmp_path / "copy")
+    capsys.readouterr()
+    prefer.prefer(config_of(tmp_path / "copy", tmp_path / "b", data, steps=4, **small))
+    now = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert len(now) > len(files) > 1 and all(now[path] == at for path, at in files.items())
+    assert re.search(r"of 32 completions, \d+ of them computed before", capsys.readouterr().out)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_now(tiny_model, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, steps=1)).steps == 1
+    assert "reference log-probs are not kept" in capsys.readouterr().out
+
+
+def test_a_reference_that_is_not_finite_is_said_to_be(tiny_model, data, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(
+        reference, "sequence_log_probs", lambda hidden, head, row, **_: torch.full((len(row.sizes),), math.nan)
+    )
+    with pytest.raises(NonFinite, match="the reference model's log-probs are not finite; nothing was trained"):
+        prefer.prefer(config_of(tiny_model(), tmp_path / "a", data))
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_running_out_of_memory_in_the_reference_names_what_to_lower(tiny_model, data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(reference, "sequence_log_probs", full)
+    with pytest.raises(Refusal, match="out of memory with --tokens-per-row"):
+        prefer.prefer(config_of(tiny_model(), tmp_path / "a", data))
+
+
+def test_a_models_own_dropout_is_off(tiny_model, data, tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    from longtrace.trainer.model import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model()))
+    AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256, attn_pdrop=0.0)
+    ).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    result = prefer.prefer(config_of(tmp_path / "gpt2", tmp_path / "a", data, steps=2))
+    assert abs(result.metrics[0]["loss"] - math.log(2)) < 1e-6
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    (dict(alpha="0.5"), dict(alpha="auto")), (dict(alpha="0.5"), dict(alpha="0.5", blend="gradients")),
+    (dict(alpha="auto"), dict(alpha="0.3")), (dict(alpha="auto"), dict(alpha="auto", blend="loss", steps=9)),
+], ids=str)  # fmt: skip
+def test_alpha_may_change_on_resume(first, then, tiny_model, data, tmp_path):
+    prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, **(dict(steps=2) | first)))
+    result = prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, resume="auto", **(dict(steps=4) | then)))
+    assert [row["step"] for row in result.metrics] == list(range(1, then.get("steps", 4) + 1))
+
+
+def test_no_gradient_is_no_estimate_and_no_crash(tiny_model, data, tmp_path):
+    """Labels that are wrong half of the time have no gradient where the margins are 0."""
+    config = config_of(tiny_model(), tmp_path / "a", data, alpha="auto", label_smoothing=0.5, steps=3)
+    result = prefer.prefer(config)
+    assert "alpha_error" not in result.metrics[0] and result.metrics[0]["alpha"] == 0.5
+    for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("alpha", ["1", "0"])
+def test_one_path_of_two_trains_as_a_file_of_that_path_alone(alpha, tiny_model, data, tmp_path):
+    prefer.prefer(config_of(tiny_model(), tmp_path / "both", data, alpha=alpha))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    sides = ("chosen", "rejected") if alpha == "1" else ("empty_chosen", "empty_rejected")
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps({name: row[name] for name in ("prompt", *sides)}) + "\n" for row in rows))
+    prefer.prefer(config_of(tiny_model(), tmp_path / "alone", alone, alpha=alpha))
+    assert same_weights(tmp_path / "both", tmp_path / "alone")
+
+
+def test_held_out_files_need_the_paths_that_are_trained(tiny_model, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    config = config_of(tiny_model(), tmp_path / "a", data, alpha="0.5", eval_fraction=0.0, eval_data=[str(held)])
+    assert prefer.prefer(config).metrics[-1]["eval_pairs"] == 6
+    held.write_text(
+        "".join(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) + "\n" for row in rows[:6])
+    )
+    with pytest.raises(Refusal, match=r"held.jsonl:1: .*empty_chosen"):
+        prefer.prefer(
+            config_of(tiny_model(), tmp_path / "b", data, alpha="0.5", eval_fraction=0.0, eval_data=[str(held)])
+        )
+
+
+def test_too_few_prompts_for_an_estimate_are_refused(tiny_model, data, tmp_path):
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(Refusal, match="--alpha auto with 2 prompts to train on: accepted: 3 or more"):
+        prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, alpha="auto", eval_fraction=0.0))
+
+
+def test_two_buffers_under_activation_checkpointing(tiny_model, data, tmp_path):
+    for how in ("off", "on"):
+        prefer.prefer(
+            config_of(tiny_model(), tmp_path / how, data, alpha="auto", steps=3, activation_checkpointing=how)
+        )
+    a, b = weights(tmp_path / "off"), weights(tmp_path / "on")
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
 def test_simpo_asks_for_no_reference(tiny_model, data, tmp_path, cache):
@@ -172,30 +285,35 @@ def test_pairs_of_a_prompt_are_held_out_together(tiny_model, tmp_path):
 
 
 def test_the_length_baseline_is_learned_on_the_training_pairs(tiny_model, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"q{i}", "chosen": "x" * (9 if i % 4 else 1), "rejected": "y" * 5} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = prefer.prefer(config_of(tiny_model(), tmp_path / "a", path, steps=1))
-    kept = [row["eval_by_length"] for row in result.metrics if "eval_by_length" in row]
-    assert kept and all(0.4 <= value <= 1 for value in kept)
-    equal = tmp_path / "equal.jsonl"
-    equal.write_text("".join(json.dumps(row | {"chosen": "x" * 5}) + "\n" for row in rows))
+    def file(name, *chosen_lengths):
+        rows = [{"prompt": f"q{i}", "chosen": "x" * n, "rejected": "y" * 5} for i, n in enumerate(chosen_lengths)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    longer, shorter = file("longer.jsonl", *[9] * 30, *[1] * 10), file("shorter.jsonl", *[1] * 15, *[9] * 5)
+    for trained, held, expected in ((longer, longer, 0.75), (longer, shorter, 0.25), (shorter, longer, 0.25)):
+        config = config_of(
+            tiny_model(), tmp_path / "a", trained, steps=1, eval_fraction=0.0, eval_data=[str(held)], loss="simpo"
+        )
+        assert prefer.prefer(config).metrics[-1]["eval_by_length"] == expected
+        shutil.rmtree(tmp_path / "a")
+    equal = file("equal.jsonl", *[5] * 20)
     assert prefer.prefer(config_of(tiny_model(), tmp_path / "b", equal, steps=1)).metrics[-1]["eval_by_length"] == 0.5
 
 
-def test_a_second_gradient_buffer_is_in_the_plan(tiny_model, data, tmp_path):
-    from longtrace.trainer.model import load_model
-    from longtrace.trainer.plan import plan_memory
-
-    found = {}
+def test_a_second_gradient_buffer_is_in_the_plan(tiny_model, data, tmp_path, monkeypatch):
+    """And every backward but the first is planned to add to gradients that are there."""
+    planned = []
+    plain = prefer.plan.estimate
+    monkeypatch.setattr(
+        prefer.plan, "estimate", lambda *a, **k: planned.append((a[1], plain(*a, **k))) or planned[-1][1]
+    )
     for blend in ("loss", "gradients"):
-        config = prefer.check(config_of(tiny_model(), tmp_path / "a", data, alpha="0.5", blend=blend))
-        config.tokens_per_step = config.tokens_per_row
-        model = load_model(config)
-        found[blend] = plan_memory(model.base.config, config, checkpointing=False)
-    trained = sum(p.numel() for p in model.hf.parameters())
-    assert found["gradients"].gradients - found["loss"].gradients == 4 * trained
-    assert found["gradients"].peak - found["loss"].peak == 4 * trained
+        prefer.prefer(config_of(tiny_model(), tmp_path / "a", data, alpha="0.5", blend=blend, plan=True))
+    (_, loss), (config, gradients) = planned
+    assert gradients.memory.gradients == 2 * loss.memory.gradients
+    assert config.tokens_per_step == 16 * config.tokens_per_row  # 8 groups, 2 paths: one row each
+    assert config.tokens_per_row < 200  # the longest pair of one path
 
 
 def test_plan_trains_nothing(tiny_model, data, tmp_path, cache, capsys):
