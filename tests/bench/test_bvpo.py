@@ -10,7 +10,7 @@ import torch
 
 from longtrace import kernels as K
 from longtrace.bench import BenchConfig, bench
-from longtrace.bench.experiments import bvpo_theorems, enumerable
+from longtrace.bench.experiments import bvpo_theorems, bvpo_training, enumerable
 
 TINY = bvpo_theorems.Size(
     cold_start=20, prompts=3, letters=2, drift=6, traces=60, groups=64, draws=6, lengths=(2, 16), pairs=96
@@ -150,3 +150,60 @@ def test_the_bench_runs(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "r.json").read_text())
     assert len(record["checks"]) == 11 and all(line.startswith("holds") for line in record["checks"])
     assert record["half_is_close"] and (tmp_path / "bvpo_theorems.png").stat().st_size > 50_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_training_steps_follow_the_exact_gradients(paths, seed):
+    """Means over many sampled pairs of each arm's gradient, along the two exact means."""
+    still = paths[0]
+    m = still.moments()
+    exact = {"trace": m.mu + m.trace_bias, "k_trace": m.mu + m.trace_bias, "empty": m.mu + m.empty_bias}
+    for arm, mean in exact.items():
+        runs = bvpo_training.Runs(still, still.policy, arm, 600, [seed], 1e-3)
+        runs.groups = 60  # samples of the gradient
+        (found,) = (g for g in runs.path_gradients() if g is not None)
+        assert found.shape == (1, 60, 3060)
+        for direction in (m.mu, m.empty_bias):
+            along = found[0] @ direction / direction.norm()
+            truth = float(mean @ direction / direction.norm())
+            assert abs(float(along.mean()) - truth) < 4.5 * float(along.std()) / 60**0.5, arm
+
+
+def test_seeds_trained_together_are_those_trained_alone(paths):
+    still = paths[0]
+    for arm in bvpo_training.ARMS:
+        together, alphas = bvpo_training.train(still, still.policy, arm, 4, 3, 1e-2, [5, 6])
+        alone, _ = bvpo_training.train(still, still.policy, arm, 4, 3, 1e-2, [6])
+        torch.testing.assert_close(together.weights[1], alone.weights[0], rtol=1e-7, atol=1e-9)
+        assert not torch.equal(together.weights[0], together.weights[1]) and len(alphas) == 3
+        assert (together.weights - torch.cat([p.flatten() for p in still.policy.values()])).abs().max() > 1e-3
+
+
+def test_arms_cost_what_they_say():
+    assert [bvpo_training.tokens_of(arm, 4) for arm in ("trace", "empty", "half", "auto", "k_trace")] == [
+        20,
+        12,
+        32,
+        32,
+        80,
+    ]
+
+
+@pytest.mark.slow
+def test_the_training_bench_runs(tmp_path, monkeypatch):
+    tiny = bvpo_training.Size(
+        cold_start=20, prompts=2, letters=2, batches=(4, 8), trace_steps=(6, 4), tuning=1, seeds=3
+    )
+    monkeypatch.setattr(bvpo_training, "QUICK", tiny)
+    monkeypatch.setattr(bvpo_training, "RATES", (3e-3,))
+    bench(BenchConfig("experiments/bvpo_training", quick=True, json=tmp_path / "r.json"))
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [row["impl"] for row in record["rows"]] == 2 * list(bvpo_training.ARMS)
+    assert record["before"]["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    for row in record["rows"]:
+        step = row["batch"] * bvpo_training.tokens_of(row["impl"], 2)
+        assert abs(row["steps"] * step - row["tokens"]) <= step / 2, "equal tokens, to half a step"
+    assert len(record["rows"][0]["loss_seeds"]) == 3 and (tmp_path / "bvpo_training.png").stat().st_size > 30_000
