@@ -29,6 +29,8 @@ BENCHES = {
     "experiments/grpo_chain_sum": "what GRPO teaches SmolLM2-135M about sums: paired differences of three seeds",
     "experiments/language_consistency": "GRPO with and without the language reward, working in two alphabets: consistency and accuracy",
     "experiments/length_bias": "filler of right and wrong answers under GRPO's 1/|o| and Dr. GRPO's constant, beside the push on paper",
+    "experiments/bvpo_theorems": "BVPO's theorems on a transformer whose every trace is listed: bias, variance, the best alpha",
+    "experiments/bvpo_training": "traces alone, empty path alone, BVPO's 0.5, alpha estimated, 4 traces: exact results at equal tokens",
     "experiments/compressed_sft": "what compressed head gradients change in fine-tuning: losses, rare tokens, updates",
 }
 
@@ -38,7 +40,7 @@ class BenchConfig:
     """Time this trainer against its peers: a table, NAME.png and a JSON record."""
 
     name: tyro.conf.Positional[str]
-    """Which one: sft_throughput, grpo, prefer, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/language_consistency, experiments/length_bias, experiments/compressed_sft."""
+    """Which one: sft_throughput, grpo, prefer, head, attention, advantages, blend, traffic, compile_matrix, gpu, experiments/grpo_curve, experiments/grpo_chain_sum, experiments/degenerate_groups, experiments/language_consistency, experiments/length_bias, experiments/bvpo_theorems, experiments/bvpo_training, experiments/compressed_sft."""
     quick: bool = False
     """Fixed tiny shapes; ends within a minute on two cores."""
     json: Path | None = None

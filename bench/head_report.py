@@ -87,7 +87,7 @@ def checks(rows: list[dict], ratios: dict[str, dict[str, float]]) -> list[str]:
 # Pictures
 
 
-def _figure(title: str, note: str, panels: int, height: float = 4.6):
+def _figure(title: str, note: str, panels: int, height: float = 4.6, rows: int = 1):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,7 +95,7 @@ def _figure(title: str, note: str, panels: int, height: float = 4.6):
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color="#15181e")
     figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color="#5d6673")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(rows, panels, squeeze=False).ravel()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e6e9ee", linewidth=0.8)
