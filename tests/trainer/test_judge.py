@@ -198,7 +198,8 @@ def test_a_judge_that_seldom_makes_sense_is_refused(readable, judging):
         assert found([Asked(USER, str(i)) for i in (7, 8, 9)]) == [None] * 3
         return
     with pytest.raises(
-        Refusal, match=rf"{9 - readable} of 9 verdicts do not read, the last: 'I would say eight'; accepted: a chat model"
+        Refusal,
+        match=rf"{9 - readable} of 9 verdicts do not read, the last: 'I would say eight'; accepted: a chat model",
     ):
         found([Asked(USER, "7"), Asked(USER, "8")])
 

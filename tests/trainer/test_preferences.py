@@ -182,11 +182,22 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             "rejected": [USER, assistant(BAD)],
         },
         {"prompt": "2+2?", "chosen": [SYSTEM, USER, assistant(GOOD)], "rejected": [SYSTEM, USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [USER, assistant(GOOD)], "rejected": [USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [SYSTEM, USER, assistant(GOOD)], "rejected": [USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [USER, assistant(GOOD)], "rejected": BAD},
+        {"system": "Be brief.", "chosen": dialogue("2+2?", GOOD), "rejected": dialogue("2+2?", BAD)},
+        PLAIN | {"system": "Be brief.", "prompt": dialogue("2+2?", "")},
     ],
 )
 def test_a_system_text_stands_once_in_the_context(file, tokenizer, row):
     context = asked(tokenizer, [SYSTEM, USER])
     assert documents(tokenizer, load(file, tokenizer, row)) == [(context, GOOD + END), (context, BAD + END)]
+
+
+@pytest.mark.parametrize("shape", ["text", "a prompt of messages", "an implicit prompt", "HH", "ShareGPT"])
+def test_an_empty_system_text_is_none(file, tokenizer, shape):
+    row = SHAPES[shape] | {"system": " \n"}
+    assert load(file, tokenizer, row).fingerprint == load(file, tokenizer, PLAIN).fingerprint
 
 
 def test_tools_reach_the_template(file, tokenizer):
@@ -324,7 +335,19 @@ REFUSED = {
     ),
     "a prompt that ends in an answer": (
         PLAIN | {"prompt": [USER, assistant("4")]}, TRACE,
-        r"prompt\[1\].role: found assistant; accepted: a prompt that ends in a question",
+        "prompt: found a prompt that ends in a message of role assistant; accepted: one that ends in a user's or a tool's",
+    ),
+    "an HH prompt that ends in an answer": (
+        PLAIN | {"prompt": dialogue("2+2?", "Sure,")}, TRACE,
+        "prompt: found a prompt that ends in a message of role assistant",
+    ),
+    "two HH answers in a row": (
+        {"chosen": dialogue("a", "b") + "\n\nAssistant: c", "rejected": dialogue("a", "b") + "\n\nAssistant: d"}, TRACE,
+        "chosen: found a prompt that ends in a message of role assistant",
+    ),
+    "a prompt of a system message only": (
+        PLAIN | {"prompt": [SYSTEM]}, TRACE,
+        "prompt: found a prompt that ends in a message of role system",
     ),
     "a number as prompt": (PLAIN | {"prompt": 4}, TRACE, "prompt: found int 4; accepted: text or a list of messages"),
     "an empty prompt": (PLAIN | {"prompt": " "}, TRACE, "prompt: found no text; accepted: a prompt"),
@@ -415,9 +438,9 @@ REFUSED = {
         PLAIN | {"rejected": f"a{END}b"}, TRACE,
         "rejected: no-eos: the row's text has the end token inside",
     ),
-    "scores in a list": (
-        PLAIN | {"scores": [1, 0]}, TRACE,
-        r"scores: found list \[1, 0\]; accepted: an object of numbers",
+    "a tool call on the empty path": (
+        BOTH | {"empty_chosen": assistant("let me see", tool_calls=[{"function": {"name": "add", "arguments": "{}"}}])},
+        EMPTY, "empty_chosen: found a tool call; accepted: text on the empty path",
     ),
     "a score in words": (
         PLAIN | {"scores": {"chosen": "high"}}, TRACE,
@@ -447,6 +470,12 @@ def test_malformed_pairs_are_refused_by_line(file, tokenizer, name):
     assert kept.audit.rows_left_out == 1 and list(kept.audit.left_out.values()) == [1]
     (first,) = kept.audit.first_left_out.values()
     assert first in line and "file.jsonl:3: " in first
+
+
+@pytest.mark.parametrize("scores", [[1, 0], 0.5, "high", {"helpful": "yes"}])
+def test_scores_that_are_none_of_ours_are_ignored(file, tokenizer, scores):
+    pairs = load(file, tokenizer, PLAIN | {"scores": scores})
+    assert pairs.fingerprint == load(file, tokenizer, PLAIN).fingerprint and pairs.audit.by_path["trace"].scored == 0
 
 
 def test_rows_that_other_paths_would_refuse(file, tokenizer):
