@@ -504,6 +504,37 @@ def test_what_a_template_loses_is_refused(file, tokenizer, template, row, reason
         load(file, tokenizer, row, skip_bad_rows=True)
 
 
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected", "chosen")])
+def test_answers_that_a_template_makes_equal(file, tokenizer, sides):
+    """What differs in an empty thought is the same to a template that writes one itself."""
+    tokenizer.chat_template = FORGETS
+    row = {"prompt": "2+2?"} | dict(zip(sides, ("<think>\n\n</think>\n\nb", "b")))
+    with pytest.raises(Refusal, match=r"file\.jsonl:1: rejected: found the tokens of chosen; accepted: two different"):
+        load(file, tokenizer, row)
+    audit = load(file, tokenizer, row, PLAIN, skip_bad_rows=True).audit
+    assert audit.left_out == {"equal": 1} and audit.prompts == 1
+
+
+def test_a_template_that_closes_the_thought_has_one_path(file, tokenizer):
+    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+    with pytest.raises(
+        Refusal, match=r"file\.jsonl:1: the template closes the thought itself, so both paths begin alike"
+    ):
+        load(file, tokenizer, BOTH, paths=("trace", "empty"))
+    load(file, tokenizer, BOTH, paths=("empty",))
+
+
+def test_a_prompt_may_speak_of_an_answer(file, tokenizer):
+    """A template that drops the assistant's text is known whatever the prompt says."""
+    row = BOTH | {"prompt": "Give me an answer, please"}
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")
+    with pytest.raises(Refusal, match=r"file\.jsonl:1: the template drops an assistant's text"):
+        load(file, tokenizer, row, paths=("empty",))
+    tokenizer.chat_template = CHATML
+    context = empty_thought(asked(tokenizer, [{"role": "user", "content": row["prompt"]}]))
+    assert documents(tokenizer, load(file, tokenizer, row, paths=("empty",)))[0] == (context, "4." + END)
+
+
 @pytest.mark.parametrize("template", [NO_END, CHATML.replace("m.content", "m.role")])
 def test_what_a_template_loses_of_the_empty_path(file, tokenizer, template):
     tokenizer.chat_template = template
