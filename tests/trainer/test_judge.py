@@ -69,6 +69,15 @@ def test_a_judge_is_a_reward_and_sees_the_answer_alone(judging):
     assert Judge(url)([]) == []
 
 
+def test_a_thought_without_an_answer_is_not_asked_about(judging):
+    url, seen = judging(lambda answer, times: verdict(4))
+    row = Row(USER, None, "rows:1", {})
+    said = [("<think>secret", None), ("fine", False), ("secret", True), ("<think>a</think>\n", None)]
+    scores = Rewards([f"judge:{url}"])([Completion(text, row, thinking=thinking) for text, thinking in said])
+    assert [None if math.isnan(total) else total for total in scores.total] == [None, 4, None, None]
+    assert [material["answer"] for _, material in seen] == ["fine"]
+
+
 def test_equal_questions_are_asked_once_and_no_more_at_once_than_connections(http):
     now, most, guard, full = 0, 0, threading.Lock(), threading.Event()
 
