@@ -168,7 +168,7 @@ def _render(tokenizer, template: str, pair: Pair, paths: Sequence[str]) -> list[
     prompt = apply_template(tokenizer, template, pair.prompt, pair.tools, prompt=True)
     if len(paths) > 1 and empty_thought(prompt) == prompt:
         raise BadPair(
-            "thought",
+            "one-path",
             "the template closes the thought itself, so both paths begin alike; accepted: --alpha 0 or 1 for one path, or a "
             "--template that leaves the thought open",
         )
