@@ -35,8 +35,8 @@ def sample_row(
     """A completion with its verdicts. rewards: None where there was no answer to score, a None in it where a reward has no
     verdict. The prompt is text where it is one user's message, and read as such; else the list of messages."""
     asked = prompt_of(prompt.row)
-    text = [message["role"] for message in asked] == ["user"] and not is_dialogue(asked[0]["content"])
-    said = asked[0]["content"] if text else asked
+    plain = [message["role"] for message in asked] == ["user"] and not is_dialogue(asked[0]["content"])
+    said = asked[0]["content"] if plain else asked
     fields = {key: value for key, value in other_fields(prompt).items() if key not in OWN}
     return fields | {
         "prompt": said, "path": path, "completion": text, "finished": finished, "tokens": tokens, "rewards": rewards,
