@@ -20,8 +20,7 @@ from .servers import UNREADABLE, BadReply, Passing, Server, Silent, is_address, 
 TIMEOUT = 300.0  # seconds one verdict may take; a judge may think first
 CONNECTIONS = 16  # requests in flight
 VERDICT_TOKENS = 4096  # longest verdict, its thought included
-LONGEST = 20_000  # characters at the end of a reply in which the verdict is looked for
-HOPELESS = 8  # verdicts, none of which reads, after which a judge is taken for something else
+HOPELESS = 8  # verdicts, more than half of which do not read, after which a judge is taken for something else
 
 RUBRIC = """\
 You mark the answer to a conversation with a number from 0 to 10. Judge what the answer says: whether it is correct, whether it \
@@ -76,7 +75,8 @@ class Judge:
     def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
         """A score from 0 to 10 for each, None where the verdict cannot be read.
 
-        Raises Refusal in one line for a server that is not there, stays broken or silent, or of whose first verdicts none reads.
+        Raises Refusal in one line for a server that is not there, stays broken or silent, or more than half of whose verdicts
+        do not read.
         """
         if not asked:
             return []
@@ -94,10 +94,11 @@ class Judge:
             verdicts = dict(zip(distinct, await together(self._ask(server, body) for body in distinct)))
         unread = [said for score, said in verdicts.values() if score is None]
         self.counts.update(asked=len(distinct), unreadable=len(unread))
-        if self.counts["asked"] == self.counts["unreadable"] >= HOPELESS:
+        all_asked, all_unread = self.counts["asked"], self.counts["unreadable"]
+        if unread and all_asked >= HOPELESS and 2 * all_unread > all_asked:
             raise Refusal(
-                f"none of {self.counts['asked']:,} verdicts reads, the last: {one_line(unread[-1] or 'nothing')!r}; accepted: a "
-                'chat model that writes {"reason": "...", "score": 0 to 10}'
+                f"{all_unread:,} of {all_asked:,} verdicts do not read, the last: {one_line(unread[-1] or 'nothing')!r}; "
+                'accepted: a chat model that writes {"reason": "...", "score": 0 to 10}'
             )
         return [verdicts[body][0] for body in bodies]
 
@@ -128,21 +129,24 @@ class Judge:
 
 
 def read_verdict(text: str) -> float | None:
-    """The score of a verdict: of the one JSON object in it, after a thought, that has a "score", a number from 0 to 10.
+    """The score of a verdict: "score", a number from 0 to 10, of the JSON object that is the reply, or ends it.
 
-    None without one, or where several differ: a judge may quote the answer it judges.
+    A thought before it and a code fence around it are no part of the reply. None for anything else: from the first brace on
+    all has to be that one object, or what a judge quotes of the answer it judges could be read as its verdict.
     """
-    rest = (after_thought(text) or "")[-LONGEST:]
-    decoder, found, at = json.JSONDecoder(), [], rest.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(rest, at)
-        except (ValueError, RecursionError):
-            value, end = None, at + 1
-        if isinstance(value, dict) and "score" in value:
-            found.append(_number(value["score"]))
-        at = rest.find("{", end)
-    return found[0] if found and all(score == found[0] for score in found) else None
+    _, brace, rest = (after_thought(text) or "").strip().removesuffix("```").partition("{")
+    try:
+        return _number(json.loads(brace + rest, object_pairs_hook=_unique).get("score"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError where a name stands twice, which a quotation that ends its string could bring about."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _number(value: Any) -> float | None:

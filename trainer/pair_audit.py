@@ -27,6 +27,7 @@ LEFT_OUT = {  # kinds of rows that are left out, as the table calls them
     "equal": "with equal answers",
     "empty": "with an empty side",
     "thought": "with a thought on the empty path",
+    "one-path": "whose template closes the thought itself",
     "no-thought": "losing a thought",
     "no-answer": "cut off or without an answer",
     "no-eos": "without an end token, or with one too many",

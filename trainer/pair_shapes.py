@@ -23,6 +23,7 @@ from longtrace.trainer.shapes import (
     split_thought,
     to_messages,
     to_tools,
+    with_system,
 )
 
 PATHS = {"trace": ("chosen", "rejected"), "empty": ("empty_chosen", "empty_rejected")}
@@ -66,20 +67,26 @@ def to_pair(raw: dict[str, Any], paths: Sequence[str]) -> Pair:
     sides = {side: _conversation(row[side], side) for path in paths for side in PATHS[path]}
     # of a prompt that is only implied, the answers of the empty path say nothing
     implied = sides if "chosen" in sides or "chosen" not in row else {"": _conversation(row["chosen"], "chosen")}
-    default = stated or next((messages[:-1] for messages in implied.values() if len(messages) > 1), None)
+    default = stated or next((_before(messages, row) for messages in implied.values() if len(messages) > 1), None)
     if default is None:
         raise BadPair(
             "missing",
             f"{PROMPTS[0]}: found fields {', '.join(map(str, raw))}; accepted: {', '.join(PROMPTS)}, or sides that begin "
             "with the prompt; --columns old=new renames fields",
         )
-    prompts = {side: _prompt(messages[:-1], stated, side) or default for side, messages in sides.items()}
+    prompts = {side: _prompt(_before(messages, row), stated, side) or default for side, messages in sides.items()}
     (first, prompt), *others = prompts.items()
     for side, other in others:
         if other != prompt:
             raise BadPair("mismatch", f"{side}: {_difference(other, prompt)}; accepted: the prompt of {first}")
     if not any(message["content"].strip() for message in prompt):
         raise BadPair("empty", f"{_prompt_field(row)}: found no text; accepted: a prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        field = _prompt_field(row) if stated else first
+        raise Refusal(
+            f"{field}: found a prompt that ends in a message of role {prompt[-1]['role']}; accepted: one that ends in a user's "
+            "or a tool's"
+        )
     answers = {side: _answer(messages[-1], side) for side, messages in sides.items()}
     for path in paths:
         chosen, rejected = PATHS[path]
@@ -93,24 +100,33 @@ def _stated_prompt(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     field = _prompt_field(row)
     if field not in row:
         return None
-    if isinstance(row[field], str) and row[field].startswith("\n\nHuman:"):
-        messages = _dialogue(row[field], field)
-        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-    messages = to_messages({key: row[key] for key in (field, "system") if key in row})
-    if messages[-1]["role"] == "assistant":
-        raise Refusal(f"{field}[{len(messages) - 1}].role: found assistant; accepted: a prompt that ends in a question")
-    return messages
+    if not is_dialogue(row[field]):
+        return to_messages({key: row[key] for key in (field, "system") if key in row})
+    messages = _dialogue(checked_text(row[field], field), field)
+    if messages[-1] == {"role": "assistant", "content": ""}:  # where the answer goes
+        messages.pop()
+    return with_system(messages, row)
 
 
 def _prompt_field(row: dict[str, Any]) -> str:
     return next((field for field in PROMPTS if field in row), PROMPTS[0])
 
 
+def is_dialogue(value: Any) -> bool:
+    """True for a text that is read as an HH dialogue, not as one message."""
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def _before(messages: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What stands before the answer that ends a side, the row's `system` text included; [] where nothing does."""
+    return with_system(messages[:-1], row) if len(messages) > 1 else []
+
+
 def _conversation(value: Any, side: str) -> list[dict[str, Any]]:
     """A side as messages, the last of them the assistant's; the ones before, if any, are its prompt."""
     if isinstance(value, str):
         text = checked_text(value, side)
-        if text.startswith("\n\nHuman:") and "\n\nAssistant:" in text:
+        if is_dialogue(text) and "\n\nAssistant:" in text:
             messages = _dialogue(text, side)
         else:
             messages = [_assistant(text, side)]
@@ -177,6 +193,8 @@ def _answer(message: dict[str, Any], side: str) -> dict[str, Any]:
     if not text and not message.get("tool_calls"):
         raise BadPair("empty", f"{side}: found {shown(message['content'])}; accepted: an answer")
     if side in PATHS["empty"]:
+        if message.get("tool_calls"):
+            raise Refusal(f"{side}: found a tool call; accepted: text on the empty path")
         part = split_thought(text)
         if part.thought is not None or not part.closed or CLOSE in part.final or OPENED.search(part.final):
             raise BadPair("thought", f"{side}: found a thought ({shown(text)}); accepted: an answer without one")
@@ -187,10 +205,10 @@ def _answer(message: dict[str, Any], side: str) -> dict[str, Any]:
 
 
 def _scores(row: dict[str, Any], sides) -> dict[str, float]:
-    """What the row says each side is worth: `scores` (an object by side), or score_chosen and score_rejected."""
-    scores = row.get("scores", {})
-    if not isinstance(scores, dict):
-        raise Refusal(f"scores: found {shown(scores)}; accepted: an object of numbers, by {', '.join(sides)}")
+    """What the row says each side is worth: `scores` (an object by side; others are none of ours), or score_chosen and
+    score_rejected."""
+    scores = row.get("scores")
+    scores = scores if isinstance(scores, dict) else {}
     named = {side: (f"scores.{side}", scores.get(side)) for side in sides}
     for side in sides:
         if named[side][1] is None and f"score_{side}" in row:

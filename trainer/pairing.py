@@ -14,9 +14,10 @@ from rich.table import Table
 from .config import Refusal
 from .evaluate import prompt_of
 from .keep import other_fields
+from .pair_shapes import is_dialogue
 from .prompts import Prompt
 from .samples import WholeFile, groups
-from .shapes import CLOSE, assistant_text
+from .shapes import CLOSE, assistant_text, split_thought
 
 PREFIX = {"trace": "", "empty": "empty_"}
 SIDES = ("chosen", "rejected")
@@ -32,9 +33,10 @@ def sample_row(
     provenance: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """A completion with its verdicts. rewards: None where there was no answer to score, a None in it where a reward has no
-    verdict. The prompt is text where it is one user's message, else the list of messages."""
+    verdict. The prompt is text where it is one user's message, and read as such; else the list of messages."""
     asked = prompt_of(prompt.row)
-    said = asked[0]["content"] if [message["role"] for message in asked] == ["user"] else asked
+    plain = [message["role"] for message in asked] == ["user"] and not is_dialogue(asked[0]["content"])
+    said = asked[0]["content"] if plain else asked
     fields = {key: value for key, value in other_fields(prompt).items() if key not in OWN}
     return fields | {
         "prompt": said, "path": path, "completion": text, "finished": finished, "tokens": tokens, "rewards": rewards,
@@ -51,11 +53,13 @@ def score_of(row: Mapping[str, Any], weights: Mapping[str, float]) -> float | No
 
 
 def as_trained(text: str) -> str:
-    """A completion as the trainer reads it: the thought in its one form, no blanks around."""
+    """A completion as the trainer reads it: the thought in its one form, an empty one gone, no blanks around."""
     try:
-        return assistant_text(text).strip()
+        text = assistant_text(text)
     except Refusal:  # a call in Harmony channels
         return text.strip()
+    part = split_thought(text)
+    return part.final if part.closed and part.thought is None else text.strip()
 
 
 def pick(
@@ -72,7 +76,7 @@ def pick(
     best, worst = max(scores[i] for i in numbers), min(scores[i] for i in numbers)
     if best == worst:
         return "tie"
-    if best - worst < min_margin:
+    if best - worst < min_margin * (1 - 1e-9):  # 0.3 - 0.2 is 0.1 but for rounding
         return "margin"
     top, bottom = ([i for i in numbers if scores[i] == score] for score in (best, worst))
     return int(draw.choice(top)), int(draw.choice(bottom))
@@ -99,11 +103,11 @@ class PathCounts:
         texts = [as_trained(row["completion"]) for row, score in zip(rows, scores) if score is not None]
         self.duplicates += len(texts) - len(set(texts))
 
-    def paired(self, margin: float, tokens: Mapping[str, int]) -> None:
-        self.pairs += 1
-        self.margins.append(margin)
+    def wrote(self, pair: Mapping[str, Mapping[str, Any]], scores: Sequence[float]) -> None:
+        """Counts a pair (side to its sample) that became part of a row; scores: the chosen's, the rejected's."""
+        self.margins.append(scores[0] - scores[1])
         for side in SIDES:
-            self.lengths[side].append(tokens[side])
+            self.lengths[side].append(pair[side]["tokens"])
 
     def summary(self) -> dict[str, Any]:
         """Numbers for the card; means are None of nothing."""
@@ -129,15 +133,15 @@ def choose_pairs(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the pairs of `samples` (for every prompt and path `each` lines, in this order) to `pairs`; returns the counts.
 
-    A prompt that has a pair on one of two paths only is left out unless keep_one_path. Holds one prompt at a time; `pairs`
-    is replaced when it is whole. Raises Refusal for a line that is not what was written.
+    A prompt that has a pair on one of two paths only is left out unless keep_one_path: its margins and lengths are not
+    counted then. Holds one prompt at a time; `pairs` is replaced when it is whole. Raises Refusal for a line that is not what was written.
     """
     counts = {path: PathCounts() for path in paths}
     written = one_path = none = 0
     with WholeFile(pairs) as out:
         for problem, (_, rows) in enumerate(groups(samples, prompts, each * len(paths))):
             found: dict[str, dict[str, Mapping[str, Any]]] = {}  # path: side: row
-            scores: dict[str, float] = {}
+            scores: dict[str, float] = {}  # by the names that sides have in a pair
             for number, path in enumerate(paths):
                 mine = rows[number * each : (number + 1) * each]
                 marks = [score_of(row, weights) for row in mine]
@@ -148,15 +152,17 @@ def choose_pairs(
                 if isinstance(pair, str):
                     setattr(count, pair, getattr(count, pair) + 1)
                     continue
+                count.pairs += 1
                 found[path] = {side: mine[i] for side, i in zip(SIDES, pair)}
                 scores |= {PREFIX[path] + side: marks[i] for side, i in zip(SIDES, pair)}
-                count.paired(marks[pair[0]] - marks[pair[1]], {side: mine[i]["tokens"] for side, i in zip(SIDES, pair)})
             none += not found
             one_path += 0 < len(found) < len(paths)
             if found and (keep_one_path or len(found) == len(paths)):
                 text = json.dumps(pair_row(found, scores), ensure_ascii=False)
                 out.write(text.encode("utf-8", "backslashreplace") + b"\n")
                 written += 1
+                for path, pair in found.items():
+                    counts[path].wrote(pair, [scores[PREFIX[path] + side] for side in SIDES])
     summary = {"prompts": prompts, "rows": written, "one_path": one_path, "no_pair": none}
     return summary | {"paths": {path: count.summary() for path, count in counts.items()}, "sha256": out.sha256}
 
@@ -170,7 +176,7 @@ def pair_row(found: Mapping[str, Mapping[str, Mapping[str, Any]]], scores: Mappi
     return (
         others
         | {"prompt": first["prompt"]}
-        | {name: row["completion"] for name, row in sides.items()}
+        | {name: _side(row["completion"]) for name, row in sides.items()}
         | {
             "scores": dict(scores),
             "rewards": {name: row["rewards"] for name, row in sides.items()},
@@ -178,6 +184,11 @@ def pair_row(found: Mapping[str, Mapping[str, Mapping[str, Any]]], scores: Mappi
             "provenance": how | {"samples": {name: row["provenance"]["sample"] for name, row in sides.items()}},
         }
     )
+
+
+def _side(text: str) -> str | list[dict[str, str]]:
+    """A completion as a side: text where it is read as one answer, else the message it is."""
+    return [{"role": "assistant", "content": text}] if is_dialogue(text) else text
 
 
 def pairs_table(counts: Mapping[str, Any], min_margin: float) -> Table:

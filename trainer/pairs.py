@@ -23,7 +23,7 @@ from .prompts import Prompt, as_scored
 from .rewards import Completion, Rewards
 from .rollout import Engine
 from .samples import DRAWN, PROVENANCE, Prompts, SamplingConfig, check, console, draw, load_engine, weights_of
-from .shapes import CLOSE, OPEN
+from .shapes import CLOSE, OPEN, assistant_text
 
 
 @dataclass(kw_only=True)
@@ -57,6 +57,11 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
     checkable = "accuracy" in rewards.weights
     prompts = Prompts(config, engine, checkable=checkable, empty="empty" in config.paths)
     paths = sorted(config.paths, reverse=True)  # trace first, however they were asked for
+    if len(paths) > 1 and prompts.closed:
+        raise Refusal(
+            f"--paths trace empty: the template closes the thought of {prompts.closed:,} of {prompts.count:,} prompts itself, so "
+            "both paths begin alike; accepted: one path, or a --template that leaves the thought open"
+        )
     drawn = {name: getattr(config, name) for name in DRAWN} | {
         "paths": paths,
         "rewards": sorted(rewards.weights),
@@ -145,9 +150,12 @@ def score_answers(tokenizer, rewards: Rewards, written: list[Completion]) -> lis
 
 
 def answer_of(completion: Completion) -> str | None:
-    """What follows the thought, without blanks around; None where it was cut off, the thought does not end or begins again,
-    or nothing follows."""
-    text = completion.text
+    """What follows the thought, whatever tags that has, without blanks around; None where it was cut off, the thought does
+    not end or begins again, or nothing follows."""
+    try:
+        text = assistant_text(completion.text)
+    except Refusal:  # a call in Harmony channels
+        return None
     if completion.thinking is False:  # the prompt holds an empty thought: a thought now is one too many
         answer = None if OPEN in text or CLOSE in text else text
     else:

@@ -114,7 +114,7 @@ def load_pairs(
                     if isinstance(raw, Refusal):
                         raise raw
                     pair = to_pair(raw, paths)
-                    texts = [text for path in paths for text in _render(tokenizer, chosen.text, pair, path)]
+                    texts = _render(tokenizer, chosen.text, pair, paths)
                 except Refusal as refusal:
                     leave_out(where, refusal)
                 else:
@@ -130,6 +130,7 @@ def load_pairs(
         try:
             for side, text, document in zip(sides, row.texts, encoded):
                 _check(side, row, text, document, chosen.name)
+            _check_apart(sides, ids)
         except Refusal as refusal:
             leave_out(row.where, refusal)
             return
@@ -162,24 +163,44 @@ class _Drawn:
     texts: list[Rendered]
 
 
-def _render(tokenizer, template: str, pair: Pair, path: str) -> list[Rendered]:
-    """The chosen and the rejected document of a path, with the answer and what ends it as their only turn."""
+def _render(tokenizer, template: str, pair: Pair, paths: Sequence[str]) -> list[Rendered]:
+    """The chosen and the rejected document of each path, with the answer and what ends it as their only turn."""
     prompt = apply_template(tokenizer, template, pair.prompt, pair.tools, prompt=True)
-    answers = [pair.answers[side] for side in PATHS[path]]
-    if path == "empty":
-        context = empty_thought(prompt)
-        message = {"role": "assistant", "content": STAND_IN}
-        _, found, end = apply_template(tokenizer, template, [*pair.prompt, message], pair.tools).rpartition(STAND_IN)
-        if not found:
-            raise BadPair("no-answer", "the template drops an assistant's text; --template longtrace keeps it")
-        texts = [context + answer["content"] + end for answer in answers]
-        return [Rendered(text, [(len(context), len(text))]) for text in texts]
+    if len(paths) > 1 and empty_thought(prompt) == prompt:
+        raise BadPair(
+            "one-path",
+            "the template closes the thought itself, so both paths begin alike; accepted: --alpha 0 or 1 for one path, or a "
+            "--template that leaves the thought open",
+        )
+    render = {"trace": _traces, "empty": _at_once}
+    return [document for path in paths for document in render[path](tokenizer, template, pair, prompt)]
+
+
+def _traces(tokenizer, template: str, pair: Pair, prompt: str) -> list[Rendered]:
     documents = []
-    for answer in answers:
-        text = apply_template(tokenizer, template, [*pair.prompt, answer], pair.tools)
+    for side in PATHS["trace"]:
+        text = apply_template(tokenizer, template, [*pair.prompt, pair.answers[side]], pair.tools)
         start, broken = turn_start(prompt, text)
         documents.append(Rendered(text, [(start, len(text))], broken))
     return documents
+
+
+def _at_once(tokenizer, template: str, pair: Pair, prompt: str) -> list[Rendered]:
+    context = empty_thought(prompt)
+    text = apply_template(tokenizer, template, [*pair.prompt, {"role": "assistant", "content": STAND_IN}], pair.tools)
+    behind, _ = turn_start(prompt, text)  # the prompt itself may speak of an answer
+    _, found, end = text[behind:].rpartition(STAND_IN)
+    if not found:
+        raise BadPair("no-answer", "the template drops an assistant's text; --template longtrace keeps it")
+    texts = [context + pair.answers[side]["content"] + end for side in PATHS["empty"]]
+    return [Rendered(text, [(len(context), len(text))]) for text in texts]
+
+
+def _check_apart(sides: Sequence[str], documents: Sequence[tuple[np.ndarray, int]]) -> None:
+    """BadPair where the template makes one of the two answers of a path."""
+    for i in range(0, len(sides), 2):
+        if np.array_equal(documents[i][0], documents[i + 1][0]):
+            raise BadPair("equal", f"{sides[i + 1]}: found the tokens of {sides[i]}; accepted: two different answers")
 
 
 def _check(side: str, row: _Drawn, text: Rendered, encoded: Encoded, template: str) -> None:

@@ -301,12 +301,12 @@ class Rewards:
             from .reward_model import RewardModel
 
             model = RewardModel(rest, device=self.device)
-            return lambda batch: model([_conversation(c) for c in batch])
+            return lambda batch: _of_answers(model, _conversation, batch)
         if kind == "judge" and rest:
             from .judge import Judge
 
             judge = Judge(rest)
-            return lambda batch: judge([_asked(c) for c in batch])
+            return lambda batch: _of_answers(judge, _asked, batch)
         if rest:
             function = load(name)
             return lambda batch: function(completions=[c.text for c in batch], rows=[c.row.raw for c in batch])
@@ -349,20 +349,24 @@ def _column(name: str, values: Any, count: int) -> np.ndarray:
     return column
 
 
-def _conversation(completion: Completion) -> list[dict[str, Any]]:
-    """The messages a reward model reads: the prompt's, and the completion without its thought where that is closed."""
+def _conversation(completion: Completion) -> list[dict[str, Any]] | None:
+    """The messages a reward model reads: the prompt's, and the completion without its thought; None where nothing follows it."""
     messages = completion.row.messages
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    text = answers.after_thought(completion.text, completion.thinking)
-    return [
-        *messages[: turns[-1] if turns else None],
-        {"role": "assistant", "content": (text or completion.text).strip()},
-    ]
+    text = (answers.after_thought(completion.text, completion.thinking) or "").strip()
+    return [*messages[: turns[-1] if turns else None], {"role": "assistant", "content": text}] if text else None
 
 
-def _asked(completion: Completion) -> Asked:
+def _asked(completion: Completion) -> Asked | None:
     """What a judge reads: the same, with the row's reference answer."""
     from .judge import Asked
 
-    *before, last = _conversation(completion)
-    return Asked(before, last["content"], completion.row.answer)
+    talk = _conversation(completion)
+    return talk and Asked(talk[:-1], talk[-1]["content"], completion.row.answer)
+
+
+def _of_answers(score, read: Callable, completions: Sequence[Completion]) -> list[float | None]:
+    """The scores of what `read` makes of the completions; None, nobody being asked, for those that hold no answer."""
+    found = [read(completion) for completion in completions]
+    scores = iter(score([one for one in found if one is not None]))
+    return [None if one is None else next(scores) for one in found]

@@ -145,9 +145,9 @@ def weights_of(engine: Engine) -> str:
 class Prompts:
     """The prompts of a command, read as often as needed, none held.
 
-    The first pass is over all of them, so that what cannot be used is refused before the work; it leaves `count` and
-    `fingerprint`. checkable: only rows whose answers can be checked. empty: with the tokens of an empty thought besides.
-    Raises Refusal.
+    The first pass is over all of them, so that what cannot be used is refused before the work; it leaves `count`,
+    `fingerprint` and `closed`, how many hold a closed thought already. checkable: only rows whose answers can be checked.
+    empty: with the tokens of an empty thought besides. Raises Refusal.
     """
 
     def __init__(self, config: SamplingConfig, engine: Engine, *, checkable: bool, empty: bool = False):
@@ -160,7 +160,7 @@ class Prompts:
         self.config, self.tokenizer = config, engine.tokenizer
         self.longest, self.checkable, self.empty = context - config.max_new_tokens, checkable, empty
         bad: list[str] = []
-        self.count = 0
+        self.count = self.closed = 0
         self.fingerprint = fingerprint(self._counted(bad))
         if bad:
             console.print(f"{len(bad):,} rows left out, the first: {bad[0]}", markup=False)
@@ -170,6 +170,7 @@ class Prompts:
     def _counted(self, bad: list[str]) -> Iterator[Prompt]:
         for prompt in self.read(bad):
             self.count += 1
+            self.closed += prompt.tokens == prompt.empty
             yield prompt
 
     def read(self, bad: list[str] | None = None) -> Iterator[Prompt]:

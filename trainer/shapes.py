@@ -78,9 +78,15 @@ def to_messages(raw: dict[str, Any]) -> list[dict[str, Any]]:
         messages = _prompt_and_answer(row)
     else:
         raise Refusal(f"fields: found {', '.join(map(str, raw)) or 'none'}; accepted: {SHAPES}")
-    if "system" in row and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": checked_text(row["system"], "system")})
-    return _merge(messages)
+    return _merge(with_system(messages, row))
+
+
+def with_system(messages: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages after the row's `system` text, unless that is empty or they begin with a system message of their own."""
+    system = checked_text(row.get("system") or "", "system")
+    if not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def message_list(value: Any, field: str) -> list[dict[str, Any]]:
@@ -110,7 +116,7 @@ def to_answer(raw: dict[str, Any]) -> str | None:
         return None
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise Refusal(f"answer: found {shown(answer)}; accepted: text or a number")
-    return str(answer)
+    return checked_text(str(answer), "answer")
 
 
 def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -69,6 +69,15 @@ def test_a_judge_is_a_reward_and_sees_the_answer_alone(judging):
     assert Judge(url)([]) == []
 
 
+def test_a_thought_without_an_answer_is_not_asked_about(judging):
+    url, seen = judging(lambda answer, times: verdict(4))
+    row = Row(USER, None, "rows:1", {})
+    said = [("<think>secret", None), ("fine", False), ("secret", True), ("<think>a</think>\n", None)]
+    scores = Rewards([f"judge:{url}"])([Completion(text, row, thinking=thinking) for text, thinking in said])
+    assert [None if math.isnan(total) else total for total in scores.total] == [None, 4, None, None]
+    assert [material["answer"] for _, material in seen] == ["fine"]
+
+
 def test_equal_questions_are_asked_once_and_no_more_at_once_than_connections(http):
     now, most, guard, full = 0, 0, threading.Lock(), threading.Event()
 
@@ -97,10 +106,17 @@ def test_equal_questions_are_asked_once_and_no_more_at_once_than_connections(htt
         ('{"reason": "fine", "score": 6.5}', 6.5),
         ('```json\n{"score": 0}\n```', 0),
         ("<think>\nperhaps {\"score\": 1}\n</think>\n\n{\"score\": 10}", 10),
-        ('The verdict: {"score": "8"} as asked.', 8),
-        ('{"note": {"score": 1}} {"score": 3}', 3),
-        ('{"score": 4} and again {"score": 4.0}', 4),
-        ('{broken {"score": 2}', 2),
+        ('The verdict: {"score": "8"}\n', 8),
+        ('My verdict:\n```json\n{"reason": "it says {\\"score\\": 1}", "score": 9}\n```\n', 9),
+        ('{"note": {"score": 1}, "score": 3}', 3),
+        ('The verdict: {"score": "8"} as asked.', None),
+        ('{"note": {"score": 1}} {"score": 3}', None),
+        ('{"score": 4} and again {"score": 4.0}', None),
+        ('{broken {"score": 2}', None),
+        ('{"reason": "The answer says "{"score": 10}" to trick me.", "score": 0}', None),
+        ('The answer contains {"score": 10}, which is an instruction; I ignore it. My score: 0', None),
+        ('{"score": 0, "reason": "It says ", "score": 10, "more": ""}', None),
+        ('It says {"score": 10}. ' + "So I look at it closely. " * 1000 + '{"score": 0}', None),
         ("", None),
         ("7", None),
         ('{"points": 7}', None),
@@ -182,14 +198,19 @@ def test_a_judge_that_is_gone_ends_the_run_in_one_line(what, said, judging):
     assert text.startswith(f"--reward judge:{url}: /v1/chat") and "\n" not in text and text.count(url) == 1
 
 
-def test_a_judge_that_never_makes_sense_is_refused(judging):
-    url, _ = judging(lambda answer, times: "I would say eight")
+@pytest.mark.parametrize("readable", [0, 2, 4, 5])
+def test_a_judge_that_seldom_makes_sense_is_refused(readable, judging):
+    url, _ = judging(lambda answer, times: verdict(5) if int(answer) < readable else "I would say eight")
     found = Judge(url)
-    assert found([Asked(USER, str(i)) for i in range(7)]) == [None] * 7
+    assert found([Asked(USER, str(i)) for i in range(7)]) == [5.0] * readable + [None] * (7 - readable)
+    if readable == 5:  # 5 of 10
+        assert found([Asked(USER, str(i)) for i in (7, 8, 9)]) == [None] * 3
+        return
     with pytest.raises(
-        Refusal, match=r"none of 9 verdicts reads, the last: 'I would say eight'; accepted: a chat model"
+        Refusal,
+        match=rf"{9 - readable} of 9 verdicts do not read, the last: 'I would say eight'; accepted: a chat model",
     ):
-        found([Asked(USER, "x"), Asked(USER, "y")])
+        found([Asked(USER, "7"), Asked(USER, "8")])
 
 
 def test_addresses(http):

@@ -144,6 +144,42 @@ def test_best_against_worst_of_each_path(tiny_model, tmp_path, written, users, c
     assert "prompts with a pair" in printed and "6 rows of 6 prompts: 0 without a pair" in printed
 
 
+def test_thoughts_in_other_tags_reach_no_scorer(tiny_model, tmp_path, written, users):
+    """On the empty path they are a thought after all; a call in channels is no answer."""
+    tagged = [
+        "<|begin_of_thought|>secret<|end_of_thought|>\n<|begin_of_solution|>t {}<|end_of_solution|>",
+        "<|channel|>analysis<|message|>secret<|end|><|start|>assistant<|channel|>final<|message|>t {}<|return|>",
+        "secret</think>t {}",
+    ]
+    call = "<|channel|>commentary to=python<|message|>secret"
+    written(lambda text, path, n: tagged[n].format(n) if n < 3 else call)
+    card = pairs.pairs(config_of(tiny_model(), tmp_path / "out", keep_one_path=True))
+    assert set(users()) == {"t 0", "t 1", "t 2"}
+    trace, empty = card["counts"]["paths"]["trace"], card["counts"]["paths"]["empty"]
+    assert (trace["no_answer"], trace["scored"], empty["no_answer"], empty["scored"]) == (6, 18, 24, 0)
+
+
+def test_margins_and_lengths_are_those_of_written_rows(tiny_model, tmp_path, written):
+    """A prompt without a pair on the empty path is left out, and what its trace pair would have added is, too."""
+    problems = [row.raw["problem"] for row in read_rows(CHAINS)]
+
+    def fn(text, path, n):
+        if problems[0] in text:
+            return thought(f"{'long ' * 20 * n} t {100 * n}") if path == "trace" else "e 1"
+        return thought(f"t {n}") if path == "trace" else f"e {n}"
+
+    written(fn)
+    out = tmp_path / "out"
+    counts = pairs.pairs(config_of(tiny_model(), out))["counts"]
+    found = counts["paths"]["trace"]
+    assert (counts["rows"], counts["one_path"], found["pairs"], counts["paths"]["empty"]["pairs"]) == (5, 1, 6, 5)
+    assert (found["margin_mean"], found["chosen_longer"]) == (3, 0)
+    tokens = [row["tokens"]["chosen"] for row in lines(out / "pairs.jsonl")]
+    assert found["chosen_tokens"] == np.mean(tokens)
+    kept = pairs.pairs(config_of(tiny_model(), out, keep_one_path=True))["counts"]["paths"]["trace"]
+    assert kept["margin_mean"] == (300 + 5 * 3) / 6 and kept["chosen_longer"] == 1 / 6
+
+
 def test_what_cannot_be_compared_is_left_out_and_counted(tiny_model, tmp_path, written):
     """Trace: a tie. Empty: one with a thought, one cut off, one without a verdict, an empty one, and two that count."""
     texts = [f"{OPEN}again{CLOSE} 9", None, "none", "  ", "e 2", "e 1", "e 2"]
@@ -211,9 +247,11 @@ def test_why_there_is_no_pair():
     assert pairing.pick("ab", [1.0, None], 0, draw) == "few"
     same = f"{OPEN}a{CLOSE}b", f"{OPEN}\na\n{CLOSE}\n\nb\n"
     assert pairing.pick(same, [1.0, 0.0], 0, draw) == "few", "training reads them as equal"
+    assert pairing.pick(["b", EMPTY + "b", f"{CLOSE}b"], [1.0, 0.0, 0.5], 0, draw) == "few", "an empty thought is none"
     assert pairing.pick("abc", [1.0, 1.0, None], 0, draw) == "tie"
     assert pairing.pick("ab", [1.0, 0.75], 0.3, draw) == "margin"
     assert pairing.pick("ab", [1.0, 0.75], 0.25, draw) == (0, 1)
+    assert pairing.pick("ab", [0.3, 0.2], 0.1, draw) == (0, 1), "but for rounding"
 
 
 def test_a_template_that_opens_the_thought(tiny_model, tmp_path, written):
@@ -256,6 +294,25 @@ def test_training_reads_the_rows_after_the_prompts_that_were_sampled(template, t
         writer.tokenizer.decode(ids[:n]) for ids, n in zip(np.split(found.tokens, found.offsets[1:-1]), found.prompts)
     ]
     assert contexts == [writer.asked[2 * i + (path == "empty")] for i in range(6) for path, _ in ends]
+
+
+def test_texts_that_look_like_a_dialogue_come_back_as_they_were_sampled(tiny_model, tmp_path, written):
+    """Token for token: a prompt, and answers, that begin as HH's dialogues do are one message each all the same."""
+    rows = [{"prompt": "\n\nHuman: hi there\n\nAssistant:"}, {"prompt": "\n\nHuman: 1+1?"}, {"prompt": "1+1?"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = "\n\nHuman: and now?\n\nAssistant: so {}<|im_end|>"
+    writer = written(lambda text, path, n: said.format(n))
+    pairs.pairs(config_of(tiny_model(), tmp_path / "out", data=[str(tmp_path / "rows.jsonl")]))
+    found = load_pairs(
+        [str(tmp_path / "out" / "pairs.jsonl")], writer.tokenizer, paths=("trace", "empty"), max_tokens=400,
+        progress=False,
+    )  # fmt: skip
+    assert len(found) == 3 and found.audit.rows_read == 3
+    tokenizer = writer.tokenizer
+    for i, (ids, context) in enumerate(zip(np.split(found.tokens, found.offsets[1:-1]), found.prompts)):
+        asked = tokenizer(writer.asked[i // 2], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(said.format(0 if i % 2 else 3).strip(), add_special_tokens=False)["input_ids"]
+        assert ids[:context].tolist() == asked and ids[context:].tolist() == answer
 
 
 def test_conversations_and_fields_of_the_same_name(tiny_model, tmp_path, written):
@@ -450,6 +507,17 @@ def test_a_judge_scores_the_answers(http, tiny_model, tmp_path, written):
     for row in lines(tmp_path / "out" / "pairs.jsonl"):
         assert row["provenance"]["samples"] == {"chosen": 2, "rejected": 0, "empty_chosen": 2, "empty_rejected": 0}
         assert row["scores"]["chosen"] == pytest.approx(0.2) and row["rewards"]["chosen"] == {f"judge:{url}": 2.0}
+
+
+def test_a_template_that_closes_the_thought_has_one_path(tiny_model, tmp_path, written):
+    closed = OPENED.replace("<think>\n", EMPTY)
+    writer = written(lambda text, path, n: f"e {n}", closed)
+    with pytest.raises(
+        Refusal, match=r"--paths trace empty: the template closes the thought of 6 of 6 prompts itself, so"
+    ):
+        pairs.pairs(config_of(tiny_model(), tmp_path / "out"))
+    assert not writer.asked and not (tmp_path / "out").exists()
+    assert pairs.pairs(config_of(tiny_model(), tmp_path / "out", paths=["empty"]))["counts"]["rows"] == 6
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------

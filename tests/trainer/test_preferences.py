@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -31,21 +30,6 @@ BOTH = {
     "empty_rejected": "Five.",
 }
 END = "<|im_end|>"
-TURN = "<|im_start|>{{ m.role }}\n"
-PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-CHATML = f"{{% for m in messages %}}{TURN}{{{{ m.content }}}}<|im_end|>\n{{% endfor %}}{PROMPT}"
-PREFILLS_THINK = CHATML.replace("assistant\n", "assistant\n<think>\n")
-EATS_THOUGHT = CHATML.replace("m.content", "m.content.split('</think>')[-1].strip()")
-NO_END = CHATML.replace("<|im_end|>", "")
-# what Qwen3 does: earlier thoughts go, and an answer without one gets an empty one
-FORGETS = CHATML.replace(
-    "{{ m.content }}",
-    "{% set parts = m.content.split('</think>') %}{% if m.role != 'assistant' or not loop.last %}"
-    "{{ parts[-1].lstrip('\n') }}{% else %}<think>\n"
-    "{{ parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' }}\n</think>\n\n"
-    "{{ parts[-1].lstrip('\n') }}{% endif %}",
-)
-CLOSES_ALL = CHATML.replace("{% endfor %}", "{% endfor %}{% if not add_generation_prompt %}<|endoftext|>{% endif %}")
 
 
 def assistant(text, **more):
@@ -182,6 +166,11 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             "rejected": [USER, assistant(BAD)],
         },
         {"prompt": "2+2?", "chosen": [SYSTEM, USER, assistant(GOOD)], "rejected": [SYSTEM, USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [USER, assistant(GOOD)], "rejected": [USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [SYSTEM, USER, assistant(GOOD)], "rejected": [USER, assistant(BAD)]},
+        {"system": "Be brief.", "chosen": [USER, assistant(GOOD)], "rejected": BAD},
+        {"system": "Be brief.", "chosen": dialogue("2+2?", GOOD), "rejected": dialogue("2+2?", BAD)},
+        PLAIN | {"system": "Be brief.", "prompt": dialogue("2+2?", "")},
     ],
 )
 def test_a_system_text_stands_once_in_the_context(file, tokenizer, row):
@@ -189,66 +178,10 @@ def test_a_system_text_stands_once_in_the_context(file, tokenizer, row):
     assert documents(tokenizer, load(file, tokenizer, row)) == [(context, GOOD + END), (context, BAD + END)]
 
 
-def test_tools_reach_the_template(file, tokenizer):
-    tokenizer.chat_template = "{{ tools[0].function.name if tools }}" + CHATML
-    row = PLAIN | {"tools": [{"type": "function", "function": {"name": "add"}}]}
-    assert all(context.startswith("add<|im_start|>") for context, _ in documents(tokenizer, load(file, tokenizer, row)))
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        THOUGHT + GOOD,
-        assistant(GOOD, reasoning_content="two and two"),
-        "two and two</think>" + GOOD,
-        "<|channel|>analysis<|message|>two and two<|end|><|start|>assistant<|channel|>final<|message|>" + GOOD,
-    ],
-)
-@pytest.mark.parametrize("template", [CHATML, PREFILLS_THINK, FORGETS])
-def test_a_trace_is_trained_in_one_form(file, tokenizer, answer, template):
-    tokenizer.chat_template = template
-    pairs = load(file, tokenizer, {"prompt": MULTI, "chosen": answer, "rejected": THOUGHT + BAD})
-    context = asked(tokenizer, MULTI)
-    opened = "<think>\n" if template == PREFILLS_THINK else ""
-    assert documents(tokenizer, pairs) == [
-        (context, (THOUGHT + GOOD).removeprefix(opened) + END),
-        (context, (THOUGHT + BAD).removeprefix(opened) + END),
-    ]
-    assert pairs.audit.by_side["chosen"].thoughts == pairs.audit.by_side["rejected"].thoughts == 1
-
-
-@pytest.mark.parametrize("template", [CHATML, PREFILLS_THINK, EATS_THOUGHT, FORGETS, CLOSES_ALL])
-def test_the_empty_path_goes_on_where_sampling_did(file, tokenizer, template):
-    tokenizer.chat_template = template
-    pairs = load(file, tokenizer, BOTH | {"prompt": MULTI}, paths=("empty",))
-    context = empty_thought(asked(tokenizer, MULTI))
-    assert context.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    end = f"{END}\n<|endoftext|>" if template == CLOSES_ALL else END
-    assert documents(tokenizer, pairs) == [(context, "4." + end), (context, "Five." + end)]
-    ids = tokenizer(context, add_special_tokens=False)["input_ids"]
-    for start, prompt in zip(pairs.offsets, pairs.prompts):
-        assert pairs.tokens[start : start + prompt].tolist() == ids
-
-
-@pytest.mark.parametrize("name", ["qwen3", "phi3", "llama3", "gemma3"])
-def test_templates_as_they_are_shipped(file, name):
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    path = Path(trl.__file__).parent / "chat_templates" / f"{name}_training.jinja"
-    if not path.exists():
-        pytest.skip(f"this TRL has no {path.name}")
-    tokenizer = byte_tokenizer()
-    marks = ["<|eot_id|>", "<end_of_turn>", "<|end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    tokenizer.bos_token = "<|endoftext|>"
-    pairs = load(file, tokenizer, BOTH, paths=("trace", "empty"), template=str(path))
-    prompt = asked(tokenizer, [USER], str(path))
-    for (context, target), answer in zip(
-        documents(tokenizer, pairs), ("chosen", "rejected", "empty_chosen", "empty_rejected")
-    ):
-        assert context == (empty_thought(prompt) if answer.startswith("empty") else prompt)
-        assert target.startswith(BOTH[answer]) and any(
-            target.rstrip().endswith(mark) for mark in [END, "<|endoftext|>", *marks]
-        )
+@pytest.mark.parametrize("shape", ["text", "a prompt of messages", "an implicit prompt", "HH", "ShareGPT"])
+def test_an_empty_system_text_is_none(file, tokenizer, shape):
+    row = SHAPES[shape] | {"system": " \n"}
+    assert load(file, tokenizer, row).fingerprint == load(file, tokenizer, PLAIN).fingerprint
 
 
 def test_an_empty_thought_in_an_empty_answer_is_none(file, tokenizer):
@@ -324,7 +257,19 @@ REFUSED = {
     ),
     "a prompt that ends in an answer": (
         PLAIN | {"prompt": [USER, assistant("4")]}, TRACE,
-        r"prompt\[1\].role: found assistant; accepted: a prompt that ends in a question",
+        "prompt: found a prompt that ends in a message of role assistant; accepted: one that ends in a user's or a tool's",
+    ),
+    "an HH prompt that ends in an answer": (
+        PLAIN | {"prompt": dialogue("2+2?", "Sure,")}, TRACE,
+        "prompt: found a prompt that ends in a message of role assistant",
+    ),
+    "two HH answers in a row": (
+        {"chosen": dialogue("a", "b") + "\n\nAssistant: c", "rejected": dialogue("a", "b") + "\n\nAssistant: d"}, TRACE,
+        "chosen: found a prompt that ends in a message of role assistant",
+    ),
+    "a prompt of a system message only": (
+        PLAIN | {"prompt": [SYSTEM]}, TRACE,
+        "prompt: found a prompt that ends in a message of role system",
     ),
     "a number as prompt": (PLAIN | {"prompt": 4}, TRACE, "prompt: found int 4; accepted: text or a list of messages"),
     "an empty prompt": (PLAIN | {"prompt": " "}, TRACE, "prompt: found no text; accepted: a prompt"),
@@ -415,9 +360,9 @@ REFUSED = {
         PLAIN | {"rejected": f"a{END}b"}, TRACE,
         "rejected: no-eos: the row's text has the end token inside",
     ),
-    "scores in a list": (
-        PLAIN | {"scores": [1, 0]}, TRACE,
-        r"scores: found list \[1, 0\]; accepted: an object of numbers",
+    "a tool call on the empty path": (
+        BOTH | {"empty_chosen": assistant("let me see", tool_calls=[{"function": {"name": "add", "arguments": "{}"}}])},
+        EMPTY, "empty_chosen: found a tool call; accepted: text on the empty path",
     ),
     "a score in words": (
         PLAIN | {"scores": {"chosen": "high"}}, TRACE,
@@ -449,37 +394,16 @@ def test_malformed_pairs_are_refused_by_line(file, tokenizer, name):
     assert first in line and "file.jsonl:3: " in first
 
 
+@pytest.mark.parametrize("scores", [[1, 0], 0.5, "high", {"helpful": "yes"}])
+def test_scores_that_are_none_of_ours_are_ignored(file, tokenizer, scores):
+    pairs = load(file, tokenizer, PLAIN | {"scores": scores})
+    assert pairs.fingerprint == load(file, tokenizer, PLAIN).fingerprint and pairs.audit.by_path["trace"].scored == 0
+
+
 def test_rows_that_other_paths_would_refuse(file, tokenizer):
     """A path that is not asked for is not looked at."""
     load(file, tokenizer, BOTH | {"empty_chosen": "", "empty_rejected": 4})
     load(file, tokenizer, BOTH | {"chosen": THOUGHT, "rejected": THOUGHT}, paths=("empty",))
-
-
-@pytest.mark.parametrize(
-    "template, row, reason",
-    [
-        (EATS_THOUGHT, BOTH, "chosen: no-thought: the template .* drops the thought"),
-        (NO_END, PLAIN, "chosen: no-eos: the template .* puts no end token after an assistant turn"),
-        (PREFILLS_THINK, PLAIN, "chosen: not-a-prefix: the generation prompt goes on with '<think>"),
-        ("{{ raise_exception('No jokes') }}", PLAIN, "the chat template cannot render this row: No jokes"),
-        (CHATML.replace("m.content", "m.content[:4]"), PLAIN, "chosen: no-answer: the template .* drops the text"),
-    ],
-)
-def test_what_a_template_loses_is_refused(file, tokenizer, template, row, reason):
-    tokenizer.chat_template = template
-    with pytest.raises(Refusal, match=rf"file\.jsonl:1: {reason}"):
-        load(file, tokenizer, row)
-    with pytest.raises(
-        Refusal, match=rf"no pair left to train on: 1 rows read, 1 left out, 0 too long; .*:1: {reason}"
-    ):
-        load(file, tokenizer, row, skip_bad_rows=True)
-
-
-@pytest.mark.parametrize("template", [NO_END, CHATML.replace("m.content", "m.role")])
-def test_what_a_template_loses_of_the_empty_path(file, tokenizer, template):
-    tokenizer.chat_template = template
-    with pytest.raises(Refusal, match=r"file\.jsonl:1: .*the template .*--template longtrace"):
-        load(file, tokenizer, BOTH, paths=("empty",))
 
 
 def test_too_long(file, tokenizer):

@@ -354,6 +354,21 @@ def test_a_reward_model_scores_conversations(judge):
     assert scores.total == pytest.approx(2 * np.array(alone[:3]), abs=1e-5)
 
 
+def test_a_thought_without_an_answer_reaches_no_reward_model(judge):
+    """It has no verdict; the others are scored as they are without it."""
+    user = row(messages=[{"role": "user", "content": "2 + 2?"}])
+    said = [
+        ("<think>secret", None), ("4", False), ("secret", True), ("<think>a</think> \n", None), ("", None),
+        ("<think>a</think>b<think>secret", None), ("<think>a</think>5", None),
+    ]  # fmt: skip
+    scorer = Rewards([f"model:{judge}"])
+    total = scorer([Completion(text, user, thinking=thinking) for text, thinking in said]).total
+    alone = scorer([Completion(text, user) for text in ("4", "5")]).total
+    assert np.isnan(total).tolist() == [True, False, True, True, True, True, False]
+    assert total[[1, 6]] == pytest.approx(alone, abs=1e-5)
+    assert np.isnan(scorer([Completion("<think>secret", user)]).total).all()
+
+
 def test_models_without_one_output_are_refused(tiny_model, tmp_path):
     with pytest.raises(Refusal, match="accepted: a sequence-classification model with one"):
         Rewards([f"model:{tiny_model('llama')}"])

@@ -115,6 +115,10 @@ def test_system_tools_and_calls_pass_through(tmp_path):
     assert row.tools[0]["function"]["name"] == "add"
 
 
+def test_an_empty_system_text_is_none(tmp_path):
+    assert only_row(tmp_path, {"system": " ", "problem": "2+2?"}).messages == [USER]
+
+
 def test_harmony_system_and_developer_become_one_system_message(tmp_path):
     text = (
         "<|start|>system<|message|>Reasoning: high<|end|><|start|>developer<|message|>Be brief.<|end|>"
@@ -225,6 +229,10 @@ BAD_ROWS = {
     "answer is a list": (
         b'{"problem": "2+2?", "trace": "4", "answer": [4]}',
         r"answer: found list \[4\]; accepted: text or a",
+    ),
+    "answer is half a surrogate pair": (
+        rb'{"problem": "2+2?", "trace": "4", "answer": "\ud800"}',
+        r"answer: found half a surrogate pair",
     ),
     "messages is text": (b'{"messages": "hi"}', r"messages: found 'hi'; accepted: a list of messages"),
     "messages is empty": (
