@@ -1,11 +1,15 @@
 """How fast is the gradient blend on the CPU, and how exact? Ours, torch's foreach ops and a loop over tensors, beside a copy.
 
 All take the same two lists of gradients in one process, in turn, and give the blend in place with both norms and the dot
-product. GB/s count what has to move, 3 values an element (two read, one written); a copy's count 2. `of_copy` is the share of
-the rate at which as many values are copied, in one piece, in the same turns. Errors are against float64.
+product. GB/s count what has to move, 3 values an element (two read, one written); a copy's count 2. `of_copy`, `of_memcpy`: the
+share of the rate at which as many values are copied, in one piece, in the same turns and on as many threads, by torch's copy_
+and by libc's memcpy, which may write past the caches. Errors are against float64.
 """
 
 from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -85,8 +89,8 @@ def print_tables(rows: list[dict]) -> None:
 
 
 COLUMNS = {
-    "impl": "", "ms": "ms", "ms_min": "min", "ms_max": "max", "gb_per_s": "GB/s", "of_copy": "of a copy", "err": "error",
-    "sums_err": "norms and dot",
+    "impl": "", "ms": "ms", "ms_min": "min", "ms_max": "max", "gb_per_s": "GB/s", "of_copy": "of a copy",
+    "of_memcpy": "of memcpy", "err": "error", "sums_err": "norms and dot",
 }  # fmt: skip
 FORMATS = {
     "ms": ",.2f",
@@ -94,6 +98,7 @@ FORMATS = {
     "ms_max": ",.2f",
     "gb_per_s": ",.1f",
     "of_copy": ".2f",
+    "of_memcpy": ".2f",
     "err": ".1e",
     "sums_err": ".1e",
 }
@@ -117,20 +122,31 @@ def _measure(name: str, shapes: list[torch.Size], dtype: str, chosen: list[str],
     trace, empty = ([torch.randn(s, generator=generator).to(DTYPES[dtype]) for s in shapes] for _ in range(2))
     runs = {key: lambda run=IMPLS[key]: run(trace, empty) for key in chosen}
     source, copy = (torch.zeros(sum(x.numel() for x in trace), dtype=DTYPES[dtype]) for _ in range(2))
-    runs["copy"] = lambda: copy.copy_(source)
-    times = measure(runs, Clock("cpu"), repeats=repeats)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        copies = {"copy": lambda: copy.copy_(source), "memcpy": lambda: memcpy(copy, source, pool)}
+        runs |= copies
+        times = measure(runs, Clock("cpu"), repeats=repeats)
     if times.failed:
         raise RuntimeError(f"bench blend: {times.failed}")
     size = copy.numel() * copy.element_size()
-    rate = {key: (2 if key == "copy" else 3) * size / times.row(key)["ms"] / 1e6 for key in runs}
+    rate = {key: (2 if key in copies else 3) * size / times.row(key)["ms"] / 1e6 for key in runs}
     found = []
     for key in runs:
         err, sums_err = errors(IMPLS[key], DTYPES[dtype]) if key in IMPLS else (None, None)
         found.append({
             "impl": key, "inputs": name, "tensors": len(shapes), "values": copy.numel(), "dtype": dtype,
-            **times.row(key), "gb_per_s": rate[key], "of_copy": rate[key] / rate["copy"], "err": err, "sums_err": sums_err,
+            **times.row(key), "gb_per_s": rate[key], **{f"of_{name}": rate[key] / rate[name] for name in copies},
+            "err": err, "sums_err": sums_err,
         })  # fmt: skip
     return found
+
+
+def memcpy(target: Tensor, source: Tensor, pool: ThreadPoolExecutor) -> None:
+    """libc's, an equal share of the bytes on each of torch's threads (ctypes lets go of the interpreter's lock)."""
+    size, threads = source.nbytes, torch.get_num_threads()
+    ends = [size * i // threads for i in range(threads + 1)]
+    to, of = target.data_ptr(), source.data_ptr()
+    list(pool.map(lambda begin, end: ctypes.memmove(to + begin, of + begin, end - begin), ends[:-1], ends[1:]))
 
 
 def errors(run, dtype: torch.dtype) -> tuple[float, float | None]:

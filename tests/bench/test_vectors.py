@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,13 +51,29 @@ def test_advantages(tmp_path):
 def test_blend(tmp_path):
     found = record(tmp_path, "blend", "tensors:5x3000")
     rows = {(row["dtype"], row["impl"]): row for row in found["rows"]}
-    assert {impl for _, impl in rows} == {*blend.IMPLS, "copy"} and len(found["checks"]) == 4
+    copies = ("copy", "memcpy")
+    assert {impl for _, impl in rows} == {*blend.IMPLS, *copies} and len(found["checks"]) == 4
     for dtype, unit in (("bf16", 2**-8), ("fp32", 2**-24)):
         ours, plain = rows[dtype, "longtrace"], rows[dtype, "torch lerp, no statistics"]
-        assert rows[dtype, "copy"]["of_copy"] == 1 and ours["values"] == 15_000
+        assert ours["values"] == 15_000
+        for copy in copies:
+            assert rows[dtype, copy][f"of_{copy}"] == 1
+            assert ours[f"of_{copy}"] == pytest.approx(ours["gb_per_s"] / rows[dtype, copy]["gb_per_s"])
         assert ours["gb_per_s"] == pytest.approx(3 * 15_000 * (2 if dtype == "bf16" else 4) / ours["ms"] / 1e6)
         assert ours["err"] < unit and ours["sums_err"] < 1e-6 and plain["sums_err"] is None
-        assert all(row["err"] < 4 * unit for (kind, impl), row in rows.items() if kind == dtype and impl != "copy")
+        assert all(row["err"] < 4 * unit for (kind, impl), row in rows.items() if kind == dtype and impl not in copies)
+
+
+def test_memcpy_copies_every_byte():
+    source, target = torch.arange(10_001, dtype=torch.int16), torch.zeros(10_001, dtype=torch.int16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(3) as pool:
+            blend.memcpy(target, source, pool)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(target, source)
 
 
 def test_the_model_is_smollm2():

@@ -29,10 +29,10 @@ def exact(distance: float = 0.45) -> torch.Tensor:
     return torch.tensor([*variances, trace @ trace, empty @ empty, trace @ empty], dtype=torch.float64)
 
 
-def draw(counts, distance: float = 0.45) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(counts, distance: float = 0.45, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over groups of Gaussian gradients of the two paths that share most of their noise; (k, M) each."""
     n = torch.tensor(counts, dtype=torch.float64)[:, None]
-    trace, empty = means(distance)
+    trace, empty = (scale * mean for mean in means(distance))
     shared, own, other = torch.randn(3, len(counts), M, dtype=torch.float64) * n.sqrt()
     return n * trace + SHARED * shared + TRACE * own, n * empty + SHARED * shared + EMPTY * other
 
@@ -90,14 +90,34 @@ def test_the_error_of_alpha_is_that_of_its_draws(seed):
     assert 0.9 < float(((alpha - truth.alpha).abs() < 1.96 * errors).double().mean()) < 0.98
 
 
+@pytest.mark.parametrize("counts, lost", (((1, 1, 1), 4), ((8,) * 8, 2.33), ((50, *[1] * 7), 3), ((1, 1, 100), 24)))
+def test_errors_of_few_groups_and_of_one_that_has_nearly_all(seed, counts, lost):
+    """Estimated over true variance: `lost` for a D^2 of 0; for S of Gaussian gradients (k - 1) / (k - 2), or less."""
+    of_variances = (len(counts) - 1) / (len(counts) - 2)
+    for scale in (1.0, 20.0):
+        found = [K.path_statistics(*draw(counts, 0, scale), counts) for _ in range(1500)]
+        values, errors = torch.stack([s.values for s in found]), torch.stack([s.covariance for s in found])
+        ratio = errors.diagonal(dim1=1, dim2=2).mean(0) / values.var(0)
+        distance = torch.tensor([0, 0, 0, 1, 1, -2.0], dtype=torch.float64)
+        ratio_of_distance = (distance @ errors @ distance).mean() / (values @ distance).var()
+        assert ((ratio[:3] > max(1, 0.7 * of_variances)) & (ratio[:3] < 1.15 * of_variances)).all(), ratio
+        assert 0.8 * lost < ratio_of_distance < 1.25 * lost, ratio_of_distance
+        most = 1.15 if scale > 1 else 1.15 * lost  # means far above their noise, or not
+        assert ((ratio[3:] > 0.85) & (ratio[3:] < most)).all(), ratio
+
+
 def test_the_jackknife_is_leaving_out_one_group(seed):
+    """As Busing, Meijer and van der Leeden write it, h = N / n for means, k for variances: there every group is one of k."""
     counts = torch.tensor(COUNTS["unequal"])
     trace, empty = draw(counts.tolist())
-    keep = ~torch.eye(len(counts), dtype=torch.bool)
+    keep, k = ~torch.eye(len(counts), dtype=torch.bool), len(counts)
+    all_of_them = K.path_statistics(trace, empty, counts)
+    h = torch.stack([torch.full((k,), k).double()] * 3 + [counts.sum() / counts.double()] * 3, 1)  # (k, 6)
     others = torch.stack([K.path_statistics(trace[i], empty[i], counts[i]).values for i in keep])
-    away = others - others.mean(0)
-    covariance = (len(counts) - 1) / len(counts) * away.T @ away
-    torch.testing.assert_close(K.path_statistics(trace, empty, counts).covariance, covariance, rtol=1e-9, atol=1e-9)
+    jackknifed = k * all_of_them.values - ((1 - 1 / h) * others).sum(0)
+    pseudo = h * all_of_them.values - (h - 1) * others
+    away = (pseudo - jackknifed) / (h - 1).sqrt()
+    torch.testing.assert_close(all_of_them.covariance, away.T @ away / k, rtol=1e-9, atol=1e-9)
 
 
 def test_the_order_of_groups_is_nothing_and_regrouping_moves_no_mean(seed):
@@ -313,24 +333,30 @@ def test_shorter_than_the_width_keeps_its_norm(seed):
     assert float(sx @ sx) == pytest.approx(float(x[0].double() @ x[0].double()), rel=1e-6)
 
 
-def test_sketch_dtypes_layouts_threads(seed):
+def test_sketch_dtypes_and_layouts(seed):
     x = [torch.randn(300, 70), torch.randn(70, 300).T, torch.randn(5000)]
     sketch = K.CountSketch([t.shape for t in x], 4096, seed=1)
     wide = sketch([t.double() for t in x])
     torch.testing.assert_close(sketch(x), wide, rtol=1e-5, atol=1e-5)
     half = [t.bfloat16() for t in x]
     torch.testing.assert_close(sketch(half), sketch([t.double() for t in half]), rtol=1e-5, atol=1e-5)
+    x[1][3, 4] = math.nan
+    assert sketch(x).isnan().sum() == 1
+    assert torch.equal(K.CountSketch([], 8)([]), torch.zeros(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bits_of_a_sketch_do_not_depend_on_the_threads(seed, dtype):
+    x = [torch.randn(300_000).to(dtype), torch.randn(500, 400).to(dtype).T]
+    sketch = K.CountSketch([t.shape for t in x], 2**17, seed=1)  # torch gives a thread 32,768 values at least
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             found.append(sketch(x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
-    x[1][3, 4] = math.nan
-    assert sketch(x).isnan().sum() == 1
-    assert torch.equal(K.CountSketch([], 8)([]), torch.zeros(8, dtype=torch.float64))
 
 
 def test_sketches_refuse_what_does_not_fit():

@@ -106,6 +106,14 @@ def test_the_ends_are_exact(seed, backend):
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(trace, empty))
 
 
+@pytest.mark.parametrize("alpha", (1.0, 0.0))
+def test_the_other_end_shows_in_zeros_and_where_it_is_not_finite(backend, alpha):
+    kept, other = torch.tensor([-0.0, 1.0, 2.0]), torch.tensor([1.0, torch.inf, torch.nan])
+    trace, empty = (kept, other) if alpha else (other, kept)
+    assert not K.blend_gradients([trace], [empty], alpha).finite
+    assert trace[0] == 0 and trace[1:].isnan().all()
+
+
 def test_equals_the_gradient_of_the_weighted_loss(seed):
     model = torch.nn.Sequential(torch.nn.Linear(9, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
     paths = [(torch.randn(12, 9), torch.randint(0, 3, (12,))) for _ in range(2)]
@@ -132,6 +140,9 @@ def test_what_is_not_finite_is_reported(seed, backend, which, dtype, value):
 def test_squares_may_overflow_while_the_gradients_are_finite(backend):
     stats = K.blend_gradients([torch.full((100,), 1e30)], [torch.ones(100)], 0.5)
     assert stats.finite and stats.trace_sq.isinf() and stats.empty_sq == 100
+    signs = torch.tensor([1.0, -1.0]).repeat(50)
+    stats = K.blend_gradients([torch.full((100,), 1e30)], [1e30 * signs], 0.5)
+    assert stats.finite and stats.dot.isnan()
 
 
 def patterns(dtype):
@@ -234,6 +245,8 @@ def test_empty_lists_and_empty_tensors(backend):
 
 def test_what_does_not_fit_is_named_before_anything_is_written(seed, backend):
     one, two = torch.ones(4, 6), torch.ones(4, 6)
+    negated = torch.tensor([1 + 2j]).conj().imag
+    kinds = "a tensor in bf16, fp16, fp32 or fp64"
     cases = [
         ([one], [two, two], 0.5, "equally many, got 1 and 2"),
         ([one, one], [two, torch.ones(6, 4)], 0.5, r"empty_grads\[1\] is \(6, 4\), but trace_grads\[1\] is \(4, 6\)"),
@@ -242,17 +255,70 @@ def test_what_does_not_fit_is_named_before_anything_is_written(seed, backend):
             [one],
             [torch.ones(4, 6, dtype=torch.int64)],
             0.5,
-            r"empty_grads\[0\] must be a floating tensor, got torch.int64",
+            rf"empty_grads\[0\] must be {kinds}, got torch.int64",
         ),
-        ([one, None], [two, two], 0.5, r"trace_grads\[1\] must be a floating tensor, got NoneType"),
+        ([one, None], [two, two], 0.5, rf"trace_grads\[1\] must be {kinds}, got NoneType"),
+        ([one.to(torch.float8_e4m3fn)], [two], 0.5, rf"trace_grads\[0\] must be {kinds}, got torch.float8_e4m3fn"),
+        ([one, one[0, :1]], [two, negated], 0.5, r"empty_grads\[1\] is a negated view: pass its resolve_neg"),
         ([one], [torch.ones(4, 6, device="meta")], 0.5, r"empty_grads\[0\] is on meta, but trace_grads\[0\] is on cpu"),
-        ([one], [two], float("nan"), "alpha must be finite, got nan"),
-        ([one], [two], float("inf"), "alpha must be finite, got inf"),
+        ([one], [two], float("nan"), "alpha must be a finite fp32 number, got nan"),
+        ([one], [two], -float("inf"), "alpha must be a finite fp32 number, got -inf"),
+        ([one], [two], 1e300, r"alpha must be a finite fp32 number, got 1e\+300"),
     ]
     for trace, empty, alpha, message in cases:
         with pytest.raises(ValueError, match=message):
             K.blend_gradients(trace, empty, alpha)
         assert one.eq(1).all()
+
+
+def test_shared_memory_is_named_before_anything_is_written(backend):
+    memory, other = torch.arange(12.0), torch.ones(12)
+    a, b, c = memory[:4], memory[4:8], memory[8:]
+    cases = [
+        ([a, a], [other[:4], other[4:8]], "trace", 0, "trace", 1),
+        ([b, memory[2:6]], [other[:4], other[4:8]], "trace", 1, "trace", 0),
+        ([memory, c], [other, other[:4]], "trace", 0, "trace", 1),
+        ([memory[1:]], [memory[:-1]], "empty", 0, "trace", 0),
+        ([memory[:-1]], [memory[1:]], "trace", 0, "empty", 0),
+        ([a], [a.view(torch.bfloat16)[:4]], "empty", 0, "trace", 0),
+        ([a, b], [b, a], "empty", 1, "trace", 0),
+        ([a, b, c], [other[:4], other[4:8], memory[3:7]], "trace", 0, "empty", 2),
+        ([a, b], [memory[:1].new_empty(4), memory[7:11]], "trace", 1, "empty", 1),
+    ]
+    for trace, empty, one, i, two, j in cases:
+        with pytest.raises(ValueError, match=rf"^{one}_grads\[{i}\] and {two}_grads\[{j}\] share memory"):
+            K.blend_gradients(trace, empty, 0.5)
+        assert torch.equal(memory, torch.arange(12.0))
+
+
+def test_memory_may_be_shared_where_nothing_is_written_early(seed, backend):
+    memory, other = torch.randn(12), torch.randn(12)
+    parts, exact = list(memory.split(4)), memory.clone()
+    K.blend_gradients(parts, parts, 0.3)  # each its own
+    torch.testing.assert_close(memory, exact)
+    K.blend_gradients([*parts, memory[5:5]], [other[:4]] * 3 + [memory[5:5]], 0.5)
+    torch.testing.assert_close(memory, 0.5 * exact + 0.5 * other[:4].repeat(3))
+
+
+def test_autograd_hears_of_the_write(backend):
+    gradient, other = torch.ones(4), torch.randn(4, requires_grad=True)
+    product = (gradient * other).sum()
+    K.blend_gradients([gradient], [torch.zeros(4)], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():  # where nothing is saved and nothing counted
+        gradient = torch.ones(4)
+        K.blend_gradients([gradient], [torch.zeros(4)], 0.5)
+    assert gradient.eq(0.5).all()
+
+
+@built
+def test_compiles_whole(seed):
+    trace, empty = [torch.randn(5), torch.randn(7)], [torch.randn(5), torch.randn(7)]
+    exact, sums = exactly(trace, empty, 0.5)
+    dot = torch.compile(lambda t, e: K.blend_gradients(t, e, 0.5).dot, fullgraph=True, backend="eager")(trace, empty)
+    torch.testing.assert_close(dot, sums[2])
+    torch.testing.assert_close(trace, [x.float() for x in exact])
 
 
 @built
