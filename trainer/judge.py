@@ -129,15 +129,15 @@ class Judge:
 
 
 def read_verdict(text: str) -> float | None:
-    """The score of a verdict: "score", a number from 0 to 10, of the JSON object that is the reply, or ends it.
+    """The score of a verdict: "score", a number from 0 to 10, of the JSON object that is the reply.
 
-    A thought before it and a code fence around it are no part of the reply. None for anything else: from the first brace on
-    all has to be that one object, or what a judge quotes of the answer it judges could be read as its verdict.
+    A thought before it and a code fence around it are no part of the reply. None for anything else: where words may stand
+    beside the object, what a judge quotes of the answer it judges could be read as its verdict.
     """
-    _, brace, rest = (after_thought(text) or "").strip().removesuffix("```").partition("{")
+    reply = re.fullmatch(r"(?:```(?:json)?)?(.*?)(?:```)?", (after_thought(text) or "").strip(), re.DOTALL)[1]
     try:
-        return _number(json.loads(brace + rest, object_pairs_hook=_unique).get("score"))
-    except (ValueError, RecursionError):
+        return _number(json.loads(reply, object_pairs_hook=_unique)["score"])
+    except (ValueError, RecursionError, TypeError, KeyError):
         return None
 
 
