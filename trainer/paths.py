@@ -52,7 +52,7 @@ class Alpha:
                 raise ValueError
         except ValueError:
             raise Refusal(
-                f"--alpha {text}: accepted: a number from 0 to 1, FROM:TO (a line over the run), or auto"
+                f"--alpha {text}: accepted: a number from 0 to 1, FROM:TO (a line over the run; in YAML between quotes), or auto"
             ) from None
         return Alpha(*ends)
 
@@ -202,8 +202,9 @@ class Paths:
         return told
 
     def state_dict(self) -> dict:
-        return {"alpha": self.alpha, "trusted": self.trusted, "running": self.running.state_dict()}
+        told = {"alpha": self.alpha, "trusted": self.trusted, "warned": self.warned}
+        return told | {"running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.alpha, self.trusted = state["alpha"], state["trusted"]
+        self.alpha, self.trusted, self.warned = state["alpha"], state["trusted"], state["warned"]
         self.running.load_state_dict(state["running"])

@@ -34,7 +34,11 @@ console = Console()
 class PreferConfig(TrainConfig):
     """Preference optimisation on pairs: DPO or SimPO, on traces, on empty traces, or on both (BVPO)."""
 
-    FOLLOWS: ClassVar[dict[str, tuple[str, ...]]] = {"loss": ("beta", "gamma"), "alpha": ("blend",)}
+    FOLLOWS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss": ("beta", "gamma"),
+        "alpha": ("blend", "path_clip"),
+        "blend": ("path_clip",),
+    }
     """Options whose default depends on another's value: a config file's are forgotten where a flag changes that."""
 
     data: list[str]
@@ -181,7 +185,8 @@ def prefer(config: PreferConfig) -> RunResult | None:
 
     def begin() -> None:
         audits = {"audit.json": pairs} | ({"audit-eval.json": held} if held else {})
-        describe(config, {name: json.dumps(found.audit.as_dict(), indent=1) for name, found in audits.items()})
+        asked = replace(config, tokens_per_row=asked_row)  # what was made of it fits these pairs and this step alone
+        describe(asked, {name: json.dumps(found.audit.as_dict(), indent=1) for name, found in audits.items()})
 
     def finish() -> None:
         checkpoint.export_model(
@@ -327,10 +332,12 @@ def plan_table(
     if model.rope:
         grid.add_row("context", model.rope)
     tokens = prompt_lengths(pairs)[numbers]
+    pairs_per_step = min(config.pairs_per_step, len(numbers))
+    seen = steps * pairs_per_step if config.steps else max(1, round(len(numbers) * config.epochs))
     each = "a pair of each" if len(pairs.paths) == 1 else "two pairs of each, one a path"
     grid.add_row(
         "steps",
-        f"{steps:,} of {config.pairs_per_step:,} prompts, {each}; {len(numbers):,} prompts, {steps * config.pairs_per_step / len(numbers):.2f} epochs",
+        f"{steps:,} of {pairs_per_step:,} prompts, {each}; {len(numbers):,} prompts, {seen / len(numbers):.2f} epochs",
     )
     kind = {"dpo": "DPO", "simpo": "SimPO"}[config.loss]
     margin = f", gamma {config.gamma:g}" if config.gamma else ""
@@ -349,7 +356,6 @@ def plan_table(
     how = "on" if estimate.checkpointing else "off"
     grid.add_row("", f"rows of up to {config.tokens_per_row:,} tokens, activation checkpointing {how}")
     if estimate.seconds_per_token:
-        seen = steps * min(config.pairs_per_step, len(numbers))
         forward = min(seen, len(numbers)) / 3 if config.loss == "dpo" else 0  # the reference's
         seconds = estimate.seconds_per_token * float(tokens.mean()) * (seen + forward)
         grid.add_row(

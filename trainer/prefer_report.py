@@ -74,6 +74,8 @@ def _lead(steps: list[dict], config: dict) -> str:
     if not steps:
         return "No step has been recorded."
     kind = {"dpo": "DPO", "simpo": "SimPO"}.get(config.get("loss"), "Preference optimisation")
+    if str(config.get("alpha")) in ("0", "0.0"):
+        kind += " on empty traces"
     if "alpha" in steps[0]:
         kind = f"BVPO over {kind} with alpha {config.get('alpha')}"
     seconds, tokens = sum(column(steps, "dt")[1]), sum(column(steps, "tokens")[1])
@@ -182,7 +184,7 @@ def _blend(steps: list[dict]) -> str:
         for lines, title, caption, level in (
             ([("grad_variance" + s, label, c) for s, label, c in three], "Variance of a step's gradient",
              "Trace of its covariance, smoothed over steps.", None),
-            ([("grad_norm" + s, label, c) for s, label, c in three], "Gradient norms", "Before clipping.", None),
+            ([("grad_norm" + s, label, c) for s, label, c in three], "Gradient norms", "Of the paths before --path-clip, of the blend before --clip.", None),
             ([("grad_cosine", "", BLUE)], "Cosine of the two gradients", "", 0.0),
             ([("path_distance_sq", "", BLUE)], "Distance of the two gradients", f"Squared, of the paths' means{below}", 0.0),
         )

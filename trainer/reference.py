@@ -137,8 +137,14 @@ def _write(path: Path, values: torch.Tensor) -> None:
     """Whole or not at all, whoever else writes it; a disk that takes nothing costs the next run a forward, not this one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(save({"log_probs": values}))
-        os.replace(file.name, path)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".")
+        try:
+            with open(handle, "wb") as file:
+                file.write(save({"log_probs": values}))
+            os.chmod(beside, 0o644)  # others may share the cache
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
     except OSError as error:
         console.print(f"reference log-probs are not kept: {path}: {error.strerror}", style="yellow", markup=False)

@@ -124,7 +124,8 @@ def test_known_coefficients_are_the_ratio_form_at_ratio_one(loss, seed):
     batch, head = batch_of(experiences, loss), Head(weight, None, 1.0, None)
     known, _ = PolicyGradient(loss)(hidden, head, batch)
     ratio, metrics = PolicyGradient(loss, entropy_bonus=1e-300)(hidden, head, batch)
-    assert abs(metrics["ratio"] / len(hidden) - 1) < 1e-12
+    total, tokens = metrics["ratio"]
+    assert tokens == len(hidden) and abs(total / tokens - 1) < 1e-12
     torch.testing.assert_close(known, ratio, rtol=2**-22, atol=1e-9)  # coefficients are fp32 products
     for a, b in zip(torch.autograd.grad(known, (hidden, weight)), torch.autograd.grad(ratio, (hidden, weight))):
         torch.testing.assert_close(a, b, rtol=0, atol=2**-22 * float(b.abs().max()))
