@@ -68,6 +68,11 @@ class Alpha:
         return ("trace",) if self.first else ("empty",)
 
 
+def significant(best: K.OptimalAlpha, steps: int) -> bool:
+    """Whether an estimate over so many steps may be trusted from here on."""
+    return steps >= SETTLED and abs(best.alpha - START) > SIGNIFICANT * best.error
+
+
 class Paths:
     """What the loop hands each backward to where the two paths' gradients are looked at one by one.
 
@@ -154,7 +159,7 @@ class Paths:
         self.running.update(found)
         value, prompts = self.running.value(), sum(self.prompts.values())
         best = K.optimal_alpha(value, prompts)
-        self.trusted |= self.running.steps >= SETTLED and abs(best.alpha - START) > SIGNIFICANT * best.error
+        self.trusted |= significant(best, self.running.steps)
         if self.schedule.auto:
             self.alpha = best.alpha if self.trusted else START
         if best.clipped and self.schedule.auto and not self.warned:

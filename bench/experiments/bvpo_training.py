@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from longtrace import kernels as K
-from longtrace.trainer.paths import GROUPS, SIGNIFICANT, START
+from longtrace.trainer.paths import GROUPS, START, significant
 from longtrace.trainer.preference import preference_loss
 
 from .. import BenchConfig, harness
@@ -139,7 +139,7 @@ class Runs:
         for i, running in enumerate(self.running):
             running.update(K.path_statistics(trace[i] * counts[0], empty[i] * counts[0], counts))
             best = K.optimal_alpha(running.value(), self.batch)
-            self.trusted[i] |= abs(best.alpha - START) > SIGNIFICANT * best.error
+            self.trusted[i] |= significant(best, running.steps)
             self.alphas[i] = best.alpha if self.trusted[i] else START
 
     @torch.no_grad()

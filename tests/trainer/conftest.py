@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests: a real HTTP server on this machine that answers what a test tells it to."""
+"""Fixtures of the trainer's tests: a tokenizer of bytes, a file of rows, an HTTP server that answers what a test tells it to."""
 
 import json
 import socket
@@ -6,6 +6,23 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from longtrace.trainer.prepare import byte_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(*rows):
+        path = tmp_path / "file.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
 
 
 class Handler(BaseHTTPRequestHandler):

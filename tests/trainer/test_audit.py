@@ -29,21 +29,6 @@ FORGETS = (
 TRUNCATES = f"{{% for m in messages %}}{TURN}{{{{ m.content[:60] }}}}<|im_end|>\n{{% endfor %}}{PROMPT}"
 
 
-@pytest.fixture
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(*rows):
-        path = tmp_path / "file.jsonl"
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return str(path)
-
-    return write
-
-
 def refused(file, tokenizer, *rows, max_tokens=4096, **options):
     """The one line that training stops with."""
     with pytest.raises(Refusal) as refusal:

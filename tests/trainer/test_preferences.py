@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from pair_rows import BAD, BOTH, END, GOOD, PLAIN, THOUGHT, USER, asked, assistant, documents, load
 from rich.console import Console
 
 from longtrace.trainer.config import Refusal
@@ -16,64 +17,10 @@ from longtrace.trainer.model import load_tokenizer
 from longtrace.trainer.preferences import PairAudit, load_pairs
 from longtrace.trainer.prepare import byte_tokenizer
 from longtrace.trainer.prompts import empty_thought
-from longtrace.trainer.render import chat_template
-
-USER = {"role": "user", "content": "2+2?"}
-GOOD, BAD = "It is 4.", "It is 5."
-PLAIN = {"prompt": "2+2?", "chosen": GOOD, "rejected": BAD}
-THOUGHT = "<think>\ntwo and two\n</think>\n\n"
-BOTH = {
-    "prompt": "2+2?",
-    "chosen": THOUGHT + GOOD,
-    "rejected": THOUGHT + BAD,
-    "empty_chosen": "4.",
-    "empty_rejected": "Five.",
-}
-END = "<|im_end|>"
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
 
 
 def dialogue(*turns):
     return "".join(f"\n\n{role}: {text}" for role, text in zip(("Human", "Assistant") * len(turns), turns))
-
-
-@pytest.fixture
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(*rows):
-        path = tmp_path / "file.jsonl"
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return str(path)
-
-    return write
-
-
-def load(file, tokenizer, *rows, paths=("trace",), **options):
-    options = {"max_tokens": 4096, "progress": False} | options
-    return load_pairs([file(*rows)], tokenizer, paths=paths, **options)
-
-
-def documents(tokenizer, pairs):
-    """(context, target) of every document, as text."""
-    parts = []
-    for start, end, prompt in zip(pairs.offsets, pairs.offsets[1:], pairs.prompts):
-        parts.append(
-            tuple(map(tokenizer.decode, (pairs.tokens[start : start + prompt], pairs.tokens[start + prompt : end])))
-        )
-    return parts
-
-
-def asked(tokenizer, messages, template="auto"):
-    return tokenizer.apply_chat_template(
-        messages, chat_template=chat_template(tokenizer, template), tokenize=False, add_generation_prompt=True
-    )
 
 
 SHAPES = {
